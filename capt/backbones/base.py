@@ -1,0 +1,261 @@
+"""What every wrapped image and text tower offers, whatever library it comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from capt.errors import CaptError, DataError
+
+BlockHook = Callable[[int, Tensor], Tensor]
+"""``hook(block_index, attended) -> tokens``: called between attention and feed-forward, [B, L, D] both ways."""
+
+
+class TokenGrid(NamedTuple):
+    """Patch tokens at one depth of an image tower.
+
+    Attributes:
+        name: where they come from, such as ``"block6"`` or ``"layer3"``.
+        tokens: [B, H*W, D'], row-major over the grid, no prefix tokens.
+        grid: (H, W).
+    """
+
+    name: str
+    tokens: Tensor
+    grid: tuple[int, int]
+
+
+class FeedForward(NamedTuple):
+    """Weights of the feed-forward part of one block: ``w_out @ act(w_in @ x + b_in) + b_out``."""
+
+    w_in: Tensor  # [H, D]
+    b_in: Tensor  # [H]
+    w_out: Tensor  # [D, H]
+    b_out: Tensor  # [D]
+    activation: str
+
+
+class PromptEmbeddings(NamedTuple):
+    """Texts as token embeddings, for prompts that are learned or mixed.
+
+    Attributes:
+        embeddings: float [N, L, W], token embeddings without positions.
+        eot_index: int64 [N], position of each text's end token.
+    """
+
+    embeddings: Tensor
+    eot_index: Tensor
+
+
+class TokenBlock(ABC):
+    """One transformer block, cut between attention and feed-forward.
+
+    Both halves take and return [B, L, D] and include the residual connection and layer scale.
+    """
+
+    @abstractmethod
+    def attend(self, x: Tensor) -> Tensor:
+        """``x + MHSA(LN1 x)``."""
+
+    @abstractmethod
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """``x + MLP(LN2 x)``."""
+
+    def feed_forward_weights(self) -> FeedForward | None:
+        """The two linear layers, or None when the MLP is not linear, activation, linear."""
+        return None
+
+
+class TokenTower(ABC):
+    """An image tower seen as: embed, blocks, project.
+
+    ``project(run(images))`` equals the wrapped model's un-normalised ``encode_image(images)``. Towers
+    hold references into the wrapped model and own no parameters.
+
+    Attributes:
+        image_hw: (height, width) of the images it takes.
+        grid: (H, W) of the patch tokens.
+        n_prefix: tokens before the grid (class and register tokens).
+        width: D.
+        dim: d, width of the projected feature.
+        blocks: transformer blocks; empty for convolutional towers, whose tokens are the final feature map.
+        activation: name of the activation in its feed-forward parts.
+    """
+
+    image_hw: tuple[int, int]
+    grid: tuple[int, int]
+    n_prefix: int
+    width: int
+    dim: int
+    blocks: Sequence[TokenBlock] = ()
+    activation: str = ""
+
+    @abstractmethod
+    def _embed(self, images: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def project(self, tokens: Tensor) -> Tensor:
+        """Tokens after all blocks [B, n_prefix+H*W, D] to un-normalised features [B, d]."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] to the tokens that enter block 0, [B, n_prefix+H*W, D].
+
+        Raises:
+            DataError: the images are not what the tower was built for.
+        """
+        check_images(images, self.image_hw)
+        return self._embed(images)
+
+    def advance(
+        self, tokens: Tensor, *, start: int = 0, stop: int | None = None, block_hook: BlockHook | None = None
+    ) -> Tensor:
+        """Push tokens [B, L, D] through blocks ``start`` to ``stop`` (exclusive; all by default).
+
+        With ``start`` the tokens entering a late block can be computed once and kept.
+        """
+        stop = len(self.blocks) if stop is None else stop
+        for index in range(start, stop):
+            tokens = self.blocks[index].attend(tokens)
+            if block_hook is not None:
+                tokens = block_hook(index, tokens)
+            tokens = self.blocks[index].feed_forward(tokens)
+        return tokens
+
+    def run(self, images: Tensor, block_hook: BlockHook | None = None) -> Tensor:
+        """Images [B, 3, height, width] to tokens after all blocks, [B, n_prefix+H*W, D].
+
+        ``block_hook`` is never called for a tower without blocks: change the result of :meth:`run` instead.
+        """
+        return self.advance(self.embed(images), block_hook=block_hook)
+
+    def stages(self, images: Tensor, depths: Sequence[int] | None = None) -> list[TokenGrid]:
+        """Patch tokens at several depths.
+
+        Args:
+            images: [B, 3, height, width].
+            depths: numbers of blocks passed, ascending; by default the quarters of the tower.
+        """
+        n = len(self.blocks)
+        depths = sorted({max(1, n * i // 4) for i in range(1, 5)}) if depths is None else depths
+        tokens, passed, found = self.embed(images), 0, []
+        for depth in depths:
+            tokens, passed = self.advance(tokens, start=passed, stop=depth), depth
+            found.append(TokenGrid(f"block{depth}", self.patches(tokens), self.grid))
+        return found
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """The H*W patch tokens out of [B, L, D]."""
+        return tokens[:, self.n_prefix : self.n_prefix + self.grid[0] * self.grid[1]]
+
+    def feed_forward_weights(self, index: int = -1) -> FeedForward | None:
+        """Feed-forward weights of block ``index``; None without blocks or for an unusual MLP."""
+        return self.blocks[index].feed_forward_weights() if self.blocks else None
+
+
+class TextTower(ABC):
+    """A text tower that takes token ids or token embeddings.
+
+    Attributes:
+        context_length: tokens in a text, start and end included.
+        vocab_size: rows of the embedding table.
+        width: W.
+        causal: later tokens cannot influence the pooled one, so padding may be cut off.
+        fixed_length: texts are always padded to ``context_length``; otherwise that is an upper limit.
+        activation: name of the activation in its feed-forward parts.
+    """
+
+    context_length: int
+    vocab_size: int
+    width: int
+    causal: bool
+    fixed_length: bool = True
+    activation: str = ""
+
+    @abstractmethod
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [N, context_length] to un-normalised features [N, d]."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [N, L] to token embeddings [N, L, W], without positions."""
+
+    @abstractmethod
+    def encode_embedded(self, embeddings: Tensor, eot_index: Tensor) -> Tensor:
+        """Token embeddings [N, L, W] and end positions int64 [N] to un-normalised features [N, d]."""
+
+    @abstractmethod
+    def eot_index(self, tokens: Tensor) -> Tensor:
+        """Position of the end token, int64 [N]."""
+
+    def check_length(self, length: int) -> None:
+        """Raise :class:`CaptError` unless embedded prompts of this length can be encoded."""
+        flexible = self.causal or not self.fixed_length
+        if length > self.context_length or (length < self.context_length and not flexible):
+            allowed = "at most" if flexible else "exactly"
+            raise CaptError(
+                f"embeddings: {length} positions, but this text tower takes {allowed} {self.context_length}. "
+                "Cut or pad the prompts to that length."
+            )
+
+
+def check_images(images: Tensor, image_hw: tuple[int, int]) -> None:
+    """Raise :class:`DataError` unless ``images`` is float [B, 3, *image_hw]."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(
+            f"images: expected [batch, 3, height, width], found {list(images.shape)}. "
+            "Apply `backbone.preprocess` to each picture and stack the results."
+        )
+    if not images.is_floating_point():
+        raise DataError(f"images: expected floating point, found {images.dtype}. Apply `backbone.preprocess`.")
+    if tuple(images.shape[2:]) != image_hw:
+        raise DataError(
+            f"images: {images.shape[2]} x {images.shape[3]} pixels, but this image tower was built for "
+            f"{image_hw[0]} x {image_hw[1]}. Apply `backbone.preprocess`, or build the model for your size "
+            "(open_clip: force_image_size=...)."
+        )
+
+
+_ACTIVATIONS = {
+    "QuickGELU": "quick_gelu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+def activation_name(module: nn.Module) -> str:
+    """``"quick_gelu"``, ``"gelu"``, ``"gelu_tanh"``, or the class name in lower case."""
+    name = type(module).__name__
+    if name == "GELU":
+        return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
+    return _ACTIVATIONS.get(name, name.lower())
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """An int or (height, width) as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@contextmanager
+def embedding_replaced(table: nn.Module, embeddings: Tensor) -> Iterator[None]:
+    """Let an embedding table return ``embeddings`` whatever ids it is asked for.
+
+    For models that take ids only: positions, masks and pooling then run in the model's own code.
+    """
+    handle = table.register_forward_hook(lambda *_: embeddings)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """Index of the last True in each row of a bool [N, L]; 0 for a row without."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * positions).argmax(dim=-1)

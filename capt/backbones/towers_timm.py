@@ -1,0 +1,131 @@
+"""Image towers of open_clip that are timm models: ViT with blocks, and everything else by its final map."""
+
+# The wrapped libraries are untyped, so everything called in them returns Any.
+# mypy: no-warn-return-any
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capt.backbones._optional import import_optional
+from capt.backbones.base import FeedForward, TokenBlock, TokenGrid, TokenTower, activation_name, check_images, pair
+from capt.backbones.towers_open_clip import FeatureMapTower
+
+
+class TimmBlock(TokenBlock):
+    """timm's pre-norm ``Block`` or post-norm ``ResPostBlock``."""
+
+    def __init__(self, block: Any, post_norm: bool) -> None:
+        self.block = block
+        self.post_norm = post_norm
+
+    def attend(self, x: Tensor) -> Tensor:
+        """``x + MHSA(LN1 x)``, [B, L, D]."""
+        b = self.block
+        return x + b.drop_path1(b.norm1(b.attn(x)) if self.post_norm else b.ls1(b.attn(b.norm1(x))))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """``x + MLP(LN2 x)``, [B, L, D]."""
+        b = self.block
+        return x + b.drop_path2(b.norm2(b.mlp(x)) if self.post_norm else b.ls2(b.mlp(b.norm2(x))))
+
+    def feed_forward_weights(self) -> FeedForward | None:
+        """The MLP's two linear layers; None for gated or normalised MLPs."""
+        mlp = self.block.mlp
+        if type(mlp).__name__ != "Mlp" or not isinstance(mlp.norm, nn.Identity):
+            return None
+        return FeedForward(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
+
+
+class TimmViT(TokenTower):
+    """A timm ``VisionTransformer`` trunk, including SigLIP's map pooling."""
+
+    def __init__(self, visual: Any, dim: int) -> None:
+        trunk = visual.trunk
+        self.visual = visual
+        self.image_hw = pair(trunk.patch_embed.img_size or visual.image_size)
+        self.grid = pair(trunk.patch_embed.grid_size)
+        self.n_prefix = trunk.num_prefix_tokens
+        self.width = trunk.embed_dim
+        self.dim = dim
+        self.blocks = [TimmBlock(b, type(b).__name__ == "ResPostBlock") for b in trunk.blocks]
+        self.activation = activation_name(getattr(trunk.blocks[0].mlp, "act", nn.Identity()))
+
+    @staticmethod
+    def fits(trunk: nn.Module) -> bool:
+        """Whether the trunk is a plain ViT, block after block."""
+        vit = import_optional("timm", "a timm image tower").models.vision_transformer
+        return (
+            isinstance(trunk, vit.VisionTransformer)
+            and type(trunk).forward_features is vit.VisionTransformer.forward_features
+            and all(type(block) in (vit.Block, vit.ResPostBlock) for block in trunk.blocks)
+        )
+
+    def _embed(self, images: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Final norm, pooling and projection: [B, n_prefix+H*W, D] to [B, d]."""
+        trunk = self.visual.trunk
+        return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
+
+
+class TimmFeatures(FeatureMapTower):
+    """Any other timm trunk: tokens are what its ``forward_features`` returns.
+
+    The result may be a map [B, C, H, W], a map [B, H, W, C] or tokens [B, L, D]; which one is found by
+    running one blank image when the tower is built.
+    """
+
+    def __init__(self, visual: Any, dim: int) -> None:
+        trunk = visual.trunk
+        self.visual = visual
+        self.image_hw = pair(visual.image_size)
+        self.dim = dim
+        with torch.no_grad():
+            features = trunk.forward_features(next(trunk.parameters()).new_zeros(1, 3, *self.image_hw))
+        self.channels_last = not features.is_contiguous()
+        self.n_prefix = 0
+        if features.ndim == 4:
+            self.layout = getattr(trunk, "output_fmt", "NCHW")
+            channels_first = self.layout != "NHWC"
+            self.grid = pair(features.shape[2:] if channels_first else features.shape[1:3])
+            self.width = features.shape[1 if channels_first else 3]
+        else:
+            self.layout = "NLC"
+            self.n_prefix = getattr(trunk, "num_prefix_tokens", 0)
+            count, self.width = features.shape[1] - self.n_prefix, features.shape[2]
+            side = int(count**0.5)
+            self.grid = (side, side) if side * side == count else (1, count)
+        activations = [m for m in trunk.modules() if "activation" in type(m).__module__]
+        self.activation = activation_name(activations[0]) if activations else ""
+
+    def _features(self, images: Tensor) -> Tensor:
+        features = self.visual.trunk.forward_features(images)
+        if self.layout == "NLC":
+            return features
+        return features.flatten(1, 2) if self.layout == "NHWC" else self._tokens(features)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Global pooling and projection: [B, n_prefix+H*W, D] to [B, d]."""
+        features = tokens
+        if self.layout == "NHWC":
+            features = tokens.unflatten(1, self.grid)
+        elif self.layout == "NCHW":
+            features = self._map(tokens)
+        return self.visual.head(self.visual.trunk.forward_head(features))
+
+    def stages(self, images: Tensor, depths: Sequence[int] | None = None) -> list[TokenGrid]:
+        """Maps of the trunk's stages, shallow to deep; ``depths`` counts stages from 1."""
+        check_images(images, self.image_hw)
+        trunk = self.visual.trunk
+        if not hasattr(trunk, "forward_intermediates"):
+            return [TokenGrid("final", self.patches(self.embed(images)), self.grid)]
+        maps = trunk.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
+        wanted = range(1, len(maps) + 1) if depths is None else depths
+        return [TokenGrid(f"stage{d}", self._tokens(maps[d - 1]), pair(maps[d - 1].shape[2:])) for d in wanted]

@@ -1,0 +1,28 @@
+"""Labelled images from every common layout, in a fixed order, with ids that stay.
+
+``load`` opens a data set, ``few_shot`` and ``base_novel`` choose from it, ``batches`` feeds it to a model.
+"""
+
+from __future__ import annotations
+
+from capt.data.batches import Batch, Batches, batches
+from capt.data.check import CheckReport, check
+from capt.data.few_shot import base_novel, few_shot, hold_out, load_few_shot, save_few_shot
+from capt.data.image_set import DataSet, ImageSet
+from capt.data.loading import load
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "CheckReport",
+    "DataSet",
+    "ImageSet",
+    "base_novel",
+    "batches",
+    "check",
+    "few_shot",
+    "hold_out",
+    "load",
+    "load_few_shot",
+    "save_few_shot",
+]

@@ -1,0 +1,87 @@
+"""One function that opens every format."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from capt.data.few_shot import hold_out
+from capt.data.image_set import DataSet
+from capt.data.readers.coop import read_coop
+from capt.data.readers.emoji import read_emoji
+from capt.data.readers.folder import read_folder
+from capt.data.readers.shards import read_shards
+from capt.data.readers.table import read_table
+from capt.errors import DataError
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+_FORMS = (
+    "'emoji' (the shipped set), a folder with one sub-folder per class, a .csv, .tsv or .jsonl list, "
+    "'coop:<data set>' with root=, or WebDataset shards (a pattern or list of .tar files)"
+)
+
+
+def load(
+    spec: str | Path | Sequence[str | Path] | DataSet,
+    *,
+    root: str | Path | None = None,
+    test_fraction: float | None = None,
+    split_seed: int = 0,
+    **options: Any,
+) -> DataSet:
+    """Open a data set.
+
+    Args:
+        spec: what to open. "emoji": the shipped set (:func:`read_emoji`); a folder: :func:`read_folder`; a ``.csv``,
+            ``.tsv`` or ``.jsonl`` file: :func:`read_table`; "coop:<data set>": :func:`read_coop`; a pattern or list
+            of ``.tar`` files: :func:`read_shards`; a DataSet is returned as it is.
+        root: for "coop:" the folder that holds all data sets; for a list of images the folder its paths start from.
+        test_fraction: take this part of each class from the training images as test images, chosen by hash
+            (:func:`capt.data.hold_out`). Only for data without test images; never done unless asked for.
+        split_seed: seed of that choice.
+        options: passed to the reader; see its documentation.
+
+    Raises:
+        DataError: nothing can be opened, or the data set is not usable; says what and what to do.
+    """
+    data = spec if isinstance(spec, DataSet) else _read(spec, root, options)
+    if test_fraction is None:
+        return data
+    if data.test is not None:
+        raise DataError(f"test_fraction: '{data.name}' has {len(data.test)} test images already; leave the option out")
+    train, test = hold_out(data.train, test_fraction, split_seed)
+    return data.with_splits({"train": train, "test": test}, meta=train.meta)
+
+
+def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, options: dict[str, Any]) -> DataSet:
+    text = str(spec) if isinstance(spec, (str, Path)) else ""
+    if text.startswith("coop:"):
+        if root is None:
+            raise DataError(f"'{text}': root is missing; pass the folder that holds the data sets")
+        return _call(read_coop, text, text.removeprefix("coop:"), root=root, **options)
+    if text.lower().endswith(_TABLES):
+        return _call(read_table, text, text, root=root, **options)
+    if root is not None:
+        raise DataError(f"root: only 'coop:<data set>' and lists of images take it, found '{text or spec}'")
+    if text == "emoji":
+        return _call(read_emoji, text, **options)
+    if (not text and spec) or ".tar" in text:
+        if text.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
+            raise DataError(f"'{text}': compressed shards cannot be read in place; unpack them to .tar first")
+        patterns = spec if text else list(spec)  # type: ignore[arg-type]
+        return _call(read_shards, text or "shards", patterns, **options)
+    if text and Path(text).is_dir():
+        return _call(read_folder, text, text, **options)
+    raise DataError(f"'{text}': no such folder or file. A data set is {_FORMS}")
+
+
+def _call(reader: Any, spec: str, *arguments: Any, **options: Any) -> DataSet:
+    known = inspect.signature(reader).parameters
+    for option in options:
+        if option not in known:
+            names = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
+            raise DataError(f"'{spec}': unknown option {option!r}; this format takes {', '.join(names)}, test_fraction")
+    data: DataSet = reader(*arguments, **options)
+    return data

@@ -1,0 +1,1 @@
+"""One file per format a data set can be stored in."""

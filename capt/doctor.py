@@ -1,0 +1,181 @@
+"""Examination of the machine: what is there, what is missing, what that means, without changing anything."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from capt.files import read_json, sha256
+
+Status = Literal["ok", "missing", "broken"]
+
+# package on the index -> (module, what it is for, extra of ours that installs it)
+OPTIONAL = {
+    "pillow": ("PIL", "reading images", "images"),
+    "open_clip_torch": ("open_clip", "open_clip models, the shipped one among them", "open-clip"),
+    "transformers": ("transformers", "transformers CLIP and SigLIP models", "hf"),
+    "jinja2": ("jinja2", "the HTML report", "report"),
+    "triton": ("triton", "Triton kernels", "triton"),
+}
+# Sizes for which the choice of backend is shown, where it depends on them: one ViT-B/16 training batch.
+EXAMPLE_SHAPES: dict[str, dict[str, Any]] = {"grid_adapter": {"batch": 32, "grid": (14, 14), "dim": 768}}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: what it belongs to: python, torch, gpu, kernels, packages, model, machine.
+        name: the thing itself.
+        status: ``ok``; ``missing``: works without it, the text says what is lost; ``broken``: needs a fix.
+        text: what was found.
+    """
+
+    topic: str
+    name: str
+    status: Status
+    text: str
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order it is shown. A check that fails becomes a ``broken`` finding, never an exception."""
+    findings: list[Finding] = []
+    for topic, check in (
+        ("python", _python),
+        ("torch", _torch),
+        ("gpu", _gpu),
+        ("kernels", _kernels),
+        ("packages", _packages),
+        ("model", _model),
+        ("machine", _machine),
+    ):
+        findings.extend(_guarded(topic, check))
+    return findings
+
+
+def _guarded(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # whatever is wrong with the machine is a finding
+        yield Finding(topic, topic, "broken", f"{type(error).__name__}: {error}")
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    try:
+        yield Finding("python", "capt", "ok", importlib.metadata.version("capt"))
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("python", "capt", "missing", "runs from its source folder; 'pip install .' installs it")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    cuda = torch.version.cuda
+    yield Finding("torch", "torch", "ok", f"{torch.__version__} ({f'CUDA {cuda}' if cuda else 'CPU build'})")
+    spin = os.environ.get("GOMP_SPINCOUNT", "unset")
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores, GOMP_SPINCOUNT={spin}"
+    yield Finding("torch", "threads", "ok", threads)
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "GPU", "missing", "none visible to torch; everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        text = f"{device.name}, {device.total_memory / _GIB:.0f} GiB, compute capability {device.major}.{device.minor}"
+        yield Finding("gpu", f"GPU {index}", "ok", text)
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from capt import ops
+    from capt._build import native
+
+    build = native()
+    if build.loaded:
+        kernels = f"CUDA {build.cuda} for {build.cuda_archs}" if build.cuda else "no CUDA kernels"
+        text = f"CPU kernels at {build.cpu_level}, {kernels}, {build.compiler}"
+        yield Finding("kernels", "native library", "ok", text)
+    else:
+        yield Finding("kernels", "native library", "missing", f"{build.reason}; the PyTorch reference runs instead")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        yield Finding("kernels", "nvcc", "missing", "not on PATH; a build here has no CUDA kernels")
+    else:
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+        release = next((line.strip() for line in output.splitlines() if "release" in line), "found")
+        yield Finding("kernels", "nvcc", "ok", release)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in (name for name in ops.__all__ if name.islower() and name != "explain"):
+        plan = ops.explain(op, **({**EXAMPLE_SHAPES[op], "device": device} if op in EXAMPLE_SHAPES else {}))
+        yield Finding("kernels", op, "ok", f"{plan.backend}: {plan.reason}")
+
+
+def _packages() -> Iterator[Finding]:
+    for package, (module, purpose, extra) in OPTIONAL.items():
+        if importlib.util.find_spec(module) is None:
+            advice = f"pip install 'capt[{extra}]'"
+            yield Finding("packages", package, "missing", f"needed for {purpose}: {advice}")
+        else:
+            yield Finding("packages", package, "ok", importlib.metadata.version(package))
+
+
+def _model() -> Iterator[Finding]:
+    from capt.backbones.embedded import embedded_folder
+
+    folder = embedded_folder()
+    sums = read_json(folder / "checksums.json")
+    wrong = [name for name, entry in sums.items() if sha256(folder / name) != entry["sha256"]]
+    size = sum((folder / name).stat().st_size for name in sums)
+    if wrong:
+        text = f"{', '.join(wrong)}: not what was shipped; install capt again"
+        yield Finding("model", "shipped model", "broken", text)
+    else:
+        yield Finding("model", "shipped model", "ok", f"{len(sums)} checksums are right, {size / 2**20:.0f} MiB")
+
+
+def _machine() -> Iterator[Finding]:
+    disk = shutil.disk_usage(".")
+    yield Finding("machine", "disk", "ok", f"{disk.free / _GIB:.1f} GiB free here of {disk.total / _GIB:.0f} GiB")
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        yield Finding("machine", "memory", "ok", f"{free / _GIB:.1f} GiB free of {total / _GIB:.0f} GiB")
+    except (ValueError, OSError):
+        yield Finding("machine", "memory", "missing", "this system does not tell")
+
+
+def show(findings: list[Finding]) -> None:
+    """Print findings as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    marks: dict[str, Any] = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "broken": "[red]broken[/]"}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "", "", ""):
+        table.add_column(name, overflow="fold")
+    previous = None
+    for finding in findings:
+        topic = finding.topic if finding.topic != previous else ""
+        table.add_row(topic, finding.name, marks[finding.status], finding.text.replace("[", "\\["))
+        previous = finding.topic
+    Console(highlight=False).print(table)

@@ -1,0 +1,1 @@
+"""The published methods, composed from modules: fit, predict, save, load."""

@@ -1,0 +1,17 @@
+"""The parts of the methods as plain ``nn.Module``s, usable alone in somebody's own CLIP code."""
+
+from capt.modules.confusion_loss import ConfusionLoss
+from capt.modules.diff_manner_adapter import DiffMannerAdapter
+from capt.modules.mgde import MultiGranularityDifferenceExpert
+from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
+from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
+
+__all__ = [
+    "ConfusionLoss",
+    "DiffMannerAdapter",
+    "MultiGranularityDifferenceExpert",
+    "SampleConfusion",
+    "SampleConfusionMiner",
+    "SemanticConfusion",
+    "SemanticConfusionMiner",
+]

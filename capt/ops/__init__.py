@@ -1,0 +1,81 @@
+"""The operations on the hot paths: one public function each, dispatched by a visible plan.
+
+Every op takes ``backend=None`` (the plan chooses) or "reference", "cpu", "cuda", "triton"; a forced backend that cannot
+run raises CaptError. ``explain(op, ...)`` shows the decision without running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from capt.errors import CaptError
+from capt.ops import asymmetric_loss as _asymmetric_loss
+from capt.ops import attention_readout as _attention_readout
+from capt.ops import bank_topk as _bank_topk
+from capt.ops import confusion_pairs as _confusion_pairs
+from capt.ops import expert_gating as _expert_gating
+from capt.ops import grid_adapter as _grid_adapter
+from capt.ops import pair_frontier as _pair_frontier
+from capt.ops import prompt_attention as _prompt_attention
+from capt.ops._plan import BACKENDS, Plan
+
+_PLANS: dict[str, Callable[..., Plan]] = {
+    "grid_adapter": _grid_adapter.plan,
+    "bank_topk": _bank_topk.plan,
+    "confusion_pairs": _confusion_pairs.plan,
+    "prompt_attention": _prompt_attention.plan,
+    "prompt_attention_shared": _prompt_attention.plan_shared,
+    "expert_gating": _expert_gating.plan,
+    "asymmetric_loss": _asymmetric_loss.plan,
+    "pair_frontier": _pair_frontier.plan,
+    "attention_readout": _attention_readout.plan,
+}
+
+
+def explain(op: str, **shapes: Any) -> Plan:
+    """Which backend a call would take, and why.
+
+    op: a name of ``__all__``. shapes: what the op's plan depends on; for grid_adapter batch, grid, dim, n_prefix,
+    dtype, device; every op accepts backend=. Raises CaptError for an unknown op or a forced backend that cannot run.
+
+    >>> print(explain("bank_topk").backend)
+    reference
+    """
+    if op not in _PLANS:
+        raise CaptError(f"explain: there is no op '{op}'; known are {', '.join(_PLANS)}")
+    try:
+        return _PLANS[op](**shapes)
+    except TypeError as error:
+        raise CaptError(f"explain('{op}', ...): {error}") from error
+
+
+# The functions replace the submodules of the same name as attributes of this package.
+grid_adapter = _grid_adapter.grid_adapter
+bank_topk = _bank_topk.bank_topk
+confusion_pairs = _confusion_pairs.confusion_pairs
+prompt_attention = _prompt_attention.prompt_attention
+prompt_attention_shared = _prompt_attention.prompt_attention_shared
+expert_gating = _expert_gating.expert_gating
+asymmetric_loss = _asymmetric_loss.asymmetric_loss
+pair_frontier = _pair_frontier.pair_frontier
+attention_readout = _attention_readout.attention_readout
+AttentionReadout = _attention_readout.AttentionReadout
+PairFrontier = _pair_frontier.PairFrontier
+
+__all__ = [
+    "BACKENDS",
+    "AttentionReadout",
+    "PairFrontier",
+    "Plan",
+    "asymmetric_loss",
+    "attention_readout",
+    "bank_topk",
+    "confusion_pairs",
+    "expert_gating",
+    "explain",
+    "grid_adapter",
+    "pair_frontier",
+    "prompt_attention",
+    "prompt_attention_shared",
+]

@@ -1,0 +1,256 @@
+"""Depth-wise 3x3 adapter on the patch grid, in token layout.
+
+Reading order: public function, plan (which backend and why), argument checks, registration of the torch ops.
+The native ops ``capt::grid_adapter`` and ``capt::grid_adapter_correlate`` are defined in csrc/torch/grid_adapter.cpp;
+the Triton ones have the same schema in the namespace ``capt_triton``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capt import reference
+from capt._build import native
+from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
+from capt.ops._plan import Plan, check_backend_name, forced_impossible
+
+OP = "grid_adapter"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def grid_adapter(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    alpha: Tensor | float = 1.0,
+    grid: tuple[int, int],
+    n_prefix: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Add ``alpha`` times a depth-wise 3x3 convolution over the patch grid to the patch tokens.
+
+    tokens [B, L, D] with L >= n_prefix + H*W: n_prefix tokens (class token, prompts), then the H x W grid row by row,
+    then any further tokens; only grid tokens change. weight [D, 3, 3], zero padding, no bias. alpha: a number, a
+    tensor with one entry, or [B] (one per image). grid (H, W).
+
+    Returns [B, L, D] in the dtype of tokens; 16-bit inputs are accumulated in float32. Weight and alpha may be
+    float32 beside 16-bit tokens. Differentiable once in tokens, weight and alpha; bitwise repeatable on every backend.
+    Tokens with contiguous channels are read in place, others are copied once.
+
+    Source: CAPT paper, Eq. 10 (Diff-Manner Adapter). Raises CaptError, also when ``backend`` is forced and cannot run.
+
+    >>> import torch
+    >>> tokens, weight = torch.ones(2, 1 + 4, 8), torch.zeros(8, 3, 3)
+    >>> bool((grid_adapter(tokens, weight, grid=(2, 2), n_prefix=1) == tokens).all())
+    True
+    """
+    _check_arguments(tokens, weight, alpha, grid, n_prefix)
+    chosen, _ = _choose(tokens.device.type, tokens.dtype, backend)
+    if chosen == "reference":
+        return reference.grid_adapter(tokens, weight, alpha, grid, n_prefix)
+    factor, scale = None, 1.0
+    if isinstance(alpha, Tensor):
+        # contiguous() after reshape: an expanded alpha would otherwise keep stride 0
+        factor = alpha.float().reshape(-1).contiguous()
+    else:
+        scale = float(alpha)
+    op = torch.ops.capt_triton.grid_adapter if chosen == "triton" else torch.ops.capt.grid_adapter
+    out: Tensor = op(tokens, weight.float().contiguous(), factor, scale, grid[0], grid[1], n_prefix, False)
+    return out
+
+
+def plan(
+    *,
+    batch: int,
+    grid: tuple[int, int],
+    dim: int,
+    n_prefix: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Plan:
+    """The backend a forward call of this size would take, why, and its compulsory traffic and arithmetic."""
+    place = torch.device(device).type
+    chosen, reason = _choose(place, dtype, backend)
+    obstacles = {name: _obstacle(name, place, dtype) or _disadvantage(name, dtype) for name in _REASONS}
+    rejected = {name: why for name, why in obstacles.items() if why}
+    traffic = 2 * batch * (n_prefix + grid[0] * grid[1]) * dim * dtype.itemsize + 9 * dim * 4
+    return Plan(OP, chosen, reason, traffic, batch * grid[0] * grid[1] * dim * 20, rejected)
+
+
+def _choose(device: str, dtype: torch.dtype, backend: str | None) -> tuple[str, str]:
+    """(backend, reason); raises when a forced backend cannot run."""
+    check_backend_name(OP, backend)
+    if backend == "reference":
+        return "reference", "forced"
+    if backend is not None:
+        why = _obstacle(backend, device, dtype)
+        if why:
+            raise forced_impossible(OP, backend, why)
+        return backend, "forced"
+    for name, reason in _REASONS.items():
+        if not _obstacle(name, device, dtype) and not _disadvantage(name, dtype):
+            return name, reason
+    return "reference", "no kernel can run here, or none would be faster"
+
+
+#: In order of preference. No measured CPU shape is slower than the best convolution of torch (docs/kernels).
+_REASONS = {
+    "cpu": "one pass in token layout, where torch's convolution needs layout copies (docs/kernels/grid_adapter.md)",
+    "cuda": "compiled CUDA kernels are present",
+    "triton": "no compiled CUDA kernels in this build, Triton is installed",
+}
+#: Facts of this process, read once: a look-up inside torch.compile would be traced.
+_NATIVE = native()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str:
+    """Why ``backend`` cannot run on this device and dtype; empty if it can."""
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device != wanted:
+        return f"the tensors are on {device}"
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no kernel (float32, float16 and bfloat16 have)"
+    if backend == "triton":
+        return "" if _HAS_TRITON else "triton is not installed"
+    if not _NATIVE.loaded:
+        return _NATIVE.reason
+    if backend == "cuda" and _NATIVE.cuda is None:
+        return "capt was built without CUDA (no nvcc, or CAPT_CUDA=OFF)"
+    return ""
+
+
+def _disadvantage(backend: str, dtype: torch.dtype) -> str:
+    """Why a backend that can run is not chosen; empty if nothing speaks against it."""
+    if backend == "cpu" and dtype == torch.float16 and _NATIVE.cpu_level == "baseline":
+        return "this CPU converts float16 in software, which is slower than the reference"
+    return ""
+
+
+def _check_arguments(
+    tokens: Tensor, weight: Tensor, alpha: Tensor | float, grid: tuple[int, int], n_prefix: int
+) -> None:
+    check_tensor(OP, "tokens", tokens, ("B", "L", "D"))
+    batch, length, dim = tokens.shape
+    check_tensor(OP, "weight", weight, (dim, 3, 3))
+    check_float(OP, tokens=tokens, weight=weight, alpha=alpha if isinstance(alpha, Tensor) else None)
+    check(len(grid) == 2, f"{OP}: grid must be (height, width), found {grid}")
+    check_count(OP, "grid height", grid[0])
+    check_count(OP, "grid width", grid[1])
+    check_count(OP, "n_prefix", n_prefix, low=0)
+    check(
+        n_prefix + grid[0] * grid[1] <= length,
+        f"{OP}: tokens has {length} tokens, but {n_prefix} prefix tokens and a {grid[0]}x{grid[1]} grid need at least "
+        f"{n_prefix + grid[0] * grid[1]}; pass the grid of this image size",
+    )
+    if isinstance(alpha, Tensor):
+        one = alpha.numel() == 1 and alpha.dim() <= 1
+        check(
+            one or tuple(alpha.shape) == (batch,),
+            f"{OP}: alpha must be a number, a tensor with one entry or [{batch}], found {list(alpha.shape)}",
+        )
+    check_same_device(OP, tokens=tokens, weight=weight, alpha=alpha if isinstance(alpha, Tensor) else None)
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def _fake_adapter(
+    tokens: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    scale: float,
+    height: int,
+    width: int,
+    n_prefix: int,
+    transpose: bool,
+) -> Tensor:
+    torch._check(tokens.dim() == 3, lambda: "capt::grid_adapter: tokens must be [B, L, D]")
+    torch._check(weight.dtype == torch.float32, lambda: "capt::grid_adapter: weight must be float32")
+    torch._check(n_prefix + height * width <= tokens.shape[1], lambda: "capt::grid_adapter: the grid does not fit")
+    return tokens.new_empty(tokens.shape)
+
+
+def _fake_correlate(tokens: Tensor, grad: Tensor, height: int, width: int, n_prefix: int) -> Tensor:
+    torch._check(tokens.dtype == grad.dtype, lambda: "capt::grid_adapter_correlate: tokens and grad differ in dtype")
+    return tokens.new_empty((tokens.shape[0], 9, tokens.shape[2]), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weight, alpha, *ctx.options = inputs
+    kernel_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(tokens if kernel_gradient else None, weight, alpha)
+
+
+def _gradients(namespace: str) -> Any:
+    """Backward of a namespace's grid_adapter, out of its own two ops."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ops = getattr(torch.ops, namespace)
+        tokens, weight, alpha = ctx.saved_tensors
+        scale, height, width, n_prefix, transpose = ctx.options
+        grad_tokens = grad_weight = grad_alpha = None
+        if ctx.needs_input_grad[0]:
+            # The gradient of a stencil is the mirrored stencil.
+            grad_tokens = ops.grid_adapter(grad, weight, alpha, scale, height, width, n_prefix, not transpose)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            partial = ops.grid_adapter_correlate(tokens, grad, height, width, n_prefix) * scale  # [B, 9, D]
+            if transpose:
+                partial = partial.flip(1)
+            if ctx.needs_input_grad[1]:
+                mixed = partial if alpha is None else partial * alpha.reshape(-1, 1, 1)
+                grad_weight = mixed.sum(0).t().reshape(weight.shape)
+            if ctx.needs_input_grad[2]:
+                per_image = (partial * weight.reshape(-1, 9).t()).sum((1, 2))
+                grad_alpha = (per_image if alpha.numel() == len(per_image) else per_image.sum()).reshape(alpha.shape)
+        return grad_tokens, grad_weight, grad_alpha, None, None, None, None, None
+
+    return backward
+
+
+def _complete(namespace: str) -> None:
+    """Fake kernels and autograd of the two ops of a namespace."""
+    torch.library.register_fake(f"{namespace}::grid_adapter", _fake_adapter)
+    torch.library.register_fake(f"{namespace}::grid_adapter_correlate", _fake_correlate)
+    torch.library.register_autograd(f"{namespace}::grid_adapter", _gradients(namespace), setup_context=_save)
+
+
+def _triton_adapter(*args: Any) -> Tensor:
+    from capt.kernels import grid_adapter as kernels
+
+    out: Tensor = kernels.grid_adapter(*args)
+    return out
+
+
+def _triton_correlate(*args: Any) -> Tensor:
+    from capt.kernels import grid_adapter as kernels
+
+    partial: Tensor = kernels.grid_adapter_correlate(*args)
+    return partial
+
+
+def _define_triton() -> None:
+    """capt_triton::grid_adapter*: the schemas of csrc/torch/grid_adapter.cpp, run by Triton."""
+    torch.library.define(
+        "capt_triton::grid_adapter",
+        "(Tensor tokens, Tensor weight, Tensor? alpha, float scale, int height, int width, int n_prefix, "
+        "bool transpose) -> Tensor",
+    )
+    torch.library.define(
+        "capt_triton::grid_adapter_correlate",
+        "(Tensor tokens, Tensor grad, int height, int width, int n_prefix) -> Tensor",
+    )
+    torch.library.impl("capt_triton::grid_adapter", "cuda", _triton_adapter)
+    torch.library.impl("capt_triton::grid_adapter_correlate", "cuda", _triton_correlate)
+    _complete("capt_triton")
+
+
+if _NATIVE.loaded:
+    _complete("capt")
+if _HAS_TRITON:
+    _define_triton()

@@ -1,0 +1,91 @@
+"""Static HTML report of a run: a folder that opens from disk, without a network and without any script."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capt.errors import MissingDependencyError
+from capt.files import write_bytes, write_json
+from capt.report.content import data_of_run, gather
+from capt.report.summary import markdown_table, read_summary, table_rows, verdict
+
+if TYPE_CHECKING:
+    from capt.data import DataSet
+
+__all__ = ["data_of_run", "markdown_table", "read_summary", "table_rows", "verdict", "write_report"]
+
+_HERE = Path(__file__).parent
+
+
+def write_report(
+    run: str | Path,
+    *,
+    data: DataSet | None = None,
+    out: str | Path | None = None,
+    n_pairs: int = 20,
+    images_per_pair: int = 8,
+) -> Path:
+    """Write ``index.html``, ``data.json``, ``summary.csv``, ``confusions.csv`` and ``thumbs/``.
+
+    Args:
+        run: folder of a finished run (``summary.json`` in it).
+        data: the data set of the run; needed for the pictures of misclassified images.
+        out: folder of the report, default ``<run>/report``.
+        n_pairs: confusion pairs shown at most.
+        images_per_pair: images per direction of a pair at most.
+
+    Returns:
+        Path of ``index.html``.
+
+    Raises:
+        DataError: no finished run there.
+        DamagedFileError: a file of the run is not what was written.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingDependencyError("jinja2", "the HTML report", "report") from error
+    run = Path(run)
+    folder = Path(out) if out is not None else run / "report"
+    content = gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
+    style = (_HERE / "style.css").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    # The page may load nothing but its own thumbnails and this one style sheet, whatever the data contain.
+    style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    html = environment.get_template("page.html").render(style=style, style_hash=style_hash, **content)
+    write_json(folder / "data.json", content)
+    _write_csv(
+        folder / "summary.csv",
+        ["method", "seed", *(metric["key"] for metric in content["metrics"])],
+        ([row["key"], row["label"], *row["cells"]] for row in content["rows"]),
+    )
+    methods = [method["key"] for method in content["methods"]]
+    _write_csv(
+        folder / "confusions.csv",
+        ["true", "predicted", *methods],
+        ([c["true"], c["predicted"], *(c["counts"].get(m, "") for m in methods)] for c in content["confusions"]),
+    )
+    index = folder / "index.html"
+    write_bytes(index, html.encode("utf-8", "replace"))
+    return index
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def guarded(cell: Any) -> str:
+        text = str(cell)
+        return "'" + text if text[:1] in ("=", "+", "-", "@", "\t") else text  # spreadsheets would run it as a formula
+
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows([guarded(cell) for cell in row] for row in rows)
+    write_bytes(path, text.getvalue().encode("utf-8", "replace"))

@@ -1,0 +1,138 @@
+"""One training loop for every method: shuffled mini-batches, warm-up, cosine, clipping, NaN stop, JSONL."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from capt.errors import CaptError, NumericError
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a method is optimised.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step.
+        optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
+        lr: peak learning rate; cosine to 0 over all steps.
+        weight_decay: decoupled for adamw, L2 for sgd.
+        warmup_epochs: linear warm-up from 0.
+        clip_norm: global gradient norm; 0 switches clipping off.
+        amp: run the forward pass in bfloat16 (on by default on a GPU, off on a CPU).
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    clip_norm: float = 1.0
+    amp: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1 or not math.isfinite(self.lr) or self.lr < 0:
+            raise CaptError(
+                f"training options: epochs >= 0, batch_size >= 1 and a finite lr >= 0 are needed, "
+                f"found epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}"
+            )
+
+
+def train(
+    parameters: Iterable[torch.nn.Parameter] | Mapping[float, Iterable[torch.nn.Parameter]],
+    step: Callable[[Tensor, torch.Generator], Mapping[str, Tensor]],
+    n_samples: int,
+    options: TrainingOptions,
+    *,
+    generator: torch.Generator,
+    metrics_path: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Minimise ``step(indices, generator)["loss"]``.
+
+    Args:
+        parameters: what is trained; a mapping gives each group a factor on the learning rate.
+        step: indices int64 [b] of training samples -> scalar losses by name; ``loss`` is minimised, all are logged.
+        n_samples: size of the training set.
+        generator: CPU generator; the only source of order and augmentation choices.
+        metrics_path: JSONL file, one line an epoch: mean of every loss, learning rate, gradient norm.
+        progress: called with (epoch, epochs, mean loss).
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        NumericError: the loss is not finite; names epoch, step and the parts that are not.
+    """
+    scaled = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
+    scaled = {scale: [p for p in group if p.requires_grad] for scale, group in scaled.items()}
+    trained = [parameter for group in scaled.values() for parameter in group]
+    if not trained or n_samples == 0 or options.epochs == 0:
+        return []
+    device = trained[0].device
+    amp = device.type == "cuda" if options.amp is None else options.amp
+    # Decay belongs to matrices; gains, biases and scalar gates keep their meaning without it.
+    groups = [
+        {"params": [p for p in group if (p.ndim >= 2) == matrices], "weight_decay": decay, "lr": options.lr * scale}
+        for scale, group in scaled.items()
+        for matrices, decay in ((True, options.weight_decay), (False, 0.0))
+    ]
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
+    batch_size = min(options.batch_size, n_samples)
+    steps_per_epoch = math.ceil(n_samples / batch_size)
+    total = steps_per_epoch * options.epochs
+    warmup = max(int(steps_per_epoch * options.warmup_epochs), 1)
+
+    def rate(index: int) -> float:
+        if index < warmup and options.warmup_epochs > 0:
+            return (index + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(total - warmup, 1)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    history: list[float] = []
+    log = metrics_path.open("a", encoding="utf-8") if metrics_path else nullcontext()
+    with log as stream:
+        for epoch in range(options.epochs):
+            sums: dict[str, Tensor] = {}
+            order = torch.randperm(n_samples, generator=generator)
+            norm = torch.zeros(())
+            for index, batch in enumerate(order.split(batch_size)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    losses = step(batch, generator)
+                loss = losses["loss"]
+                if not bool(torch.isfinite(loss)):
+                    bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
+                    raise NumericError(
+                        f"training: {', '.join(bad)} became NaN or Inf in epoch {epoch + 1}, step {index + 1}; "
+                        f"lower lr (now {options.lr}) or check the inputs for non-finite values"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm or math.inf)
+                optimizer.step()
+                schedule.step()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() * len(batch)
+            means = {name: float(value) / n_samples for name, value in sums.items()}
+            history.append(means["loss"])
+            if stream is not None:
+                record = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **means}
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+            if progress is not None:
+                progress(epoch + 1, options.epochs, means["loss"])
+    return history

@@ -1,0 +1,1 @@
+"""Stages of fitting the embedded CLIP model; `scripts/fit_embedded_model.py` runs them in order."""

@@ -1,0 +1,218 @@
+"""CAPT as a whole, on tiny towers. Numbers in test names: docs/fidelity.md."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from capt import CAPT, ConfusionBank
+from capt.errors import CaptError, DamagedFileError, DataError
+from capt.evaluation.base_to_novel import BaseToNovelOptions, BaseToNovelRun, evaluate
+from capt.files import load_tensors
+from capt.methods.capt import CAPTConfig
+from capt.training import TrainingOptions
+from tests.tiny import CLASSES, backbone, data_set
+
+CONFIG = CAPTConfig(heads=4, hidden=32, views=1, training=TrainingOptions(epochs=3, batch_size=9, lr=3e-3))
+OPTIONS = BaseToNovelOptions(shots=4, seeds=(0, 1), linear=TrainingOptions(epochs=2, lr=3e-3))
+KINDS = ("vit", "resnet", "cnn")
+
+
+def trained_models(kind: str, folder, **changes):
+    run = BaseToNovelRun(data_set(), backbone(kind), CAPTConfig(**{**vars(CONFIG), **changes}), OPTIONS)
+    return run, run.fit(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *trained_models("vit", folder)
+
+
+def pixels(kind: str, n: int = 12) -> torch.Tensor:
+    images = data_set().train
+    return torch.stack([backbone(kind).preprocess(images.image(i)) for i in range(0, 4 * n, 4)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_step_0_equals_the_base_model_bit_for_bit(kind, with_bank):
+    wrapped = backbone(kind)
+    bank = ConfusionBank.build(wrapped, data_set().train) if with_bank else None
+    model = CAPT(wrapped, CLASSES, config=CONFIG, bank=bank).eval()
+    with torch.no_grad():
+        images = pixels(kind)
+        features = normalize(wrapped.image_features(images), dim=-1)
+        expected = wrapped.logit_scale * features @ wrapped.class_text_features(CLASSES).T
+        assert torch.equal(model.logits(images), expected)
+        assert torch.equal(model.encode_image(images), features)
+
+
+def test_step_0_of_an_image_does_not_depend_on_its_batch_and_neither_does_a_trained_model(run):
+    folder, *_ = run
+    model = CAPT.load(folder / "seed-1", backbone("vit"))
+    images = pixels("vit")
+    together = model.logits(images)
+    alone = torch.cat([model.logits(image[None]) for image in images])
+    assert torch.allclose(together, alone, atol=1e-4) and torch.equal(together.argmax(1), alone.argmax(1))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(model.logits(images[order]), together[order], atol=1e-4)
+
+
+def test_04_with_an_empty_bank_training_and_prediction_work(tmp_path):
+    wrapped = backbone("vit")
+    model = CAPT(wrapped, CLASSES, config=CONFIG)
+    assert model.bank is None
+    tokens = model.tokens(pixels("vit"))
+    losses = model.train().losses(tokens, torch.arange(12) % 9, bank_tokens=None, sample_ids=torch.arange(12))
+    assert torch.isfinite(losses["loss"])
+    model.save(tmp_path)
+    assert torch.equal(CAPT.load(tmp_path, wrapped).logits(pixels("vit")), model.logits(pixels("vit")))
+
+
+def test_30_only_the_adapter_and_mgde_learn(run):
+    folder, fitted, _ = run
+    wrapped = backbone("vit")
+    before = wrapped.fingerprint()
+    model = CAPT(wrapped, fitted.base.classes, config=CONFIG)
+    assert {name.split(".")[0] for name in model.trainable()} == {"sample", "mgde"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.trainable())
+    learned = CAPT.load(folder / "seed-1", wrapped)
+    torch.manual_seed(1)
+    start = CAPT(wrapped, fitted.base.classes, config=CONFIG, bank=learned.bank).trainable()
+    assert any(not torch.equal(start[name], value) for name, value in learned.trainable().items())
+    assert learned.mgde.beta.item() != 0 and learned.adapter.weight.abs().sum() > 0
+    assert wrapped.fingerprint() == before
+    wrapped.frozen_check()
+
+
+def test_31_same_seed_same_curve_and_other_seed_other_curve(run, tmp_path):
+    folder, *_ = run
+    trained_models("vit", tmp_path)
+    for seed in (0, 1):
+        first, second = ((f / f"seed-{seed}" / "metrics.jsonl").read_text() for f in (folder, tmp_path))
+        assert first == second
+        tensors = [load_tensors(f / f"seed-{seed}" / "adapter.safetensors") for f in (folder, tmp_path)]
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    curves = [(folder / f"seed-{s}" / "metrics.jsonl").read_text() for s in (0, 1)]
+    assert curves[0] != curves[1]
+
+
+def test_31_the_test_split_is_opened_after_the_last_training_step(tmp_path):
+    data, events = data_set(), []
+
+    def watch(images, name):
+        original = images.source.read
+        return lambda what: (events.append(name), original(what))[1]
+
+    run = BaseToNovelRun(data, backbone("vit"), CONFIG, OPTIONS, progress=lambda what, done, total: events.append(what))
+    for half in (run.base, run.novel):
+        ids = set(half.test.names)
+        read = half.test.image
+        object.__setattr__(half.test, "image", lambda i, read=read: (events.append("opened test"), read(i))[1])
+        assert ids
+    run.fit(tmp_path)
+    training = [n for n, event in enumerate(events) if event.startswith("seed")]
+    opened = [n for n, event in enumerate(events) if event == "opened test"]
+    assert opened and training and min(opened) > max(training)
+
+
+def test_36_novel_evaluation_uses_no_statistics_and_no_base_text(run, monkeypatch):
+    folder, fitted, _ = run
+    model = CAPT.load(folder / "seed-1", backbone("vit"))
+    classes = model.class_set(fitted.novel.classes)
+    assert classes.statistics is None and classes.bank is None
+    assert classes.text_features.shape[0] == len(fitted.novel.classes)
+    expected = model.logits(pixels("vit"), fitted.novel.classes)
+    model._text_features.fill_(float("nan"))  # base texts are poisoned: nothing may change
+    assert torch.equal(model.logits(pixels("vit"), fitted.novel.classes), expected)
+
+
+def test_36_switching_the_method_off_reproduces_the_base_model(run):
+    folder, fitted, _ = run
+    model = CAPT.load(folder / "seed-0", backbone("vit"))
+    for parameter in (model.mgde.beta, model.mgde.shared.weight, model.adapter.weight):
+        parameter.data.zero_()
+    wrapped = backbone("vit")
+    with torch.no_grad():
+        features = normalize(wrapped.image_features(pixels("vit")), dim=-1)
+        expected = wrapped.logit_scale * features @ wrapped.class_text_features(fitted.novel.classes).T
+    assert torch.equal(model.logits(pixels("vit"), fitted.novel.classes), expected)
+
+
+def test_classes_that_mix_old_and_new_keep_the_statistics_of_known_pairs(run):
+    folder, fitted, _ = run
+    model = CAPT.load(folder / "seed-1", backbone("vit"))
+    names = [*reversed(fitted.base.classes), *fitted.novel.classes]
+    moved = model.class_set(names).statistics
+    known = model.bank.statistics()
+    assert moved.counts.sum() == known.counts.sum() > 0
+    position = {name: n for n, name in enumerate(names)}
+    for old, name in enumerate(fitted.base.classes):
+        theirs = slice(*known.offsets[old : old + 2].tolist())
+        mine = slice(*moved.offsets[position[name] : position[name] + 2].tolist())
+        expected = {
+            (fitted.base.classes[c], int(n)) for c, n in zip(known.classes[theirs], known.counts[theirs], strict=True)
+        }
+        assert {(names[c], int(n)) for c, n in zip(moved.classes[mine], moved.counts[mine], strict=True)} == expected
+
+
+def test_run_folder_and_evaluate_agree(run):
+    folder, fitted, _ = run
+    for name in ("run.json", "summary.json", "seed-0/metrics.jsonl", "seed-0/few_shot.json", "seed-1/bank/bank.json"):
+        assert (folder / name).is_file(), name
+    stored = json.loads((folder / "summary.json").read_text())
+    keys = {
+        "base", "novel", "hm", "sample_correction_rate", "pair_resolution_rate", "net_reduction", "new_error_rate",
+    }  # fmt: skip
+    for method in ("zero_shot", "linear_adapter", "capt"):
+        assert keys <= set(stored["methods"][method]["mean"])
+        assert set(stored["methods"][method]["per_seed"]) == {"0", "1"}
+    again = evaluate(folder, data_set(), backbone("vit"))
+    assert again["methods"] == stored["methods"]
+    bank = ConfusionBank.load(folder / "seed-0" / "bank")
+    assert set(bank.sample_ids.tolist()) <= set(fitted.base.train.ids.tolist())
+    assert len(bank) > 0
+
+
+@pytest.mark.parametrize("kind", ["resnet", "cnn"])
+def test_other_towers_train(kind, tmp_path):
+    trained_models(kind, tmp_path, bank_at_inference=True, dynamic_alpha=kind == "cnn", m=2)
+    curve = [json.loads(line) for line in (tmp_path / "seed-1" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_predict_names_confusable_classes(run):
+    folder, fitted, _ = run
+    model = CAPT.load(folder / "seed-1", backbone("vit"))
+    images = [fitted.base.test.image(i) for i in range(3)]
+    for prediction in model.predict(images, top=4):
+        assert len(prediction.classes) == 4 and sum(prediction.probabilities) <= 1 + 1e-5
+        assert prediction.base_class not in prediction.confusable_with and len(prediction.confusable_with) == 3
+
+
+def test_wrong_use_is_refused(run, tmp_path):
+    folder, *_ = run
+    with pytest.raises(CaptError, match="another backbone"):
+        CAPT.load(folder / "seed-1", backbone("vit", seed=1))
+    with pytest.raises(DataError, match="others"):
+        other = data_set()
+        evaluate(folder, other.select_classes([8, 7, 6, 5, 4]), backbone("vit"))
+    with pytest.raises(DataError, match="at least 4 classes"):
+        BaseToNovelRun(data_set().select_classes([0, 1, 2]), backbone("vit"))
+    with pytest.raises(CaptError, match="seeds"):
+        BaseToNovelRun(data_set(), backbone("vit"), options=BaseToNovelOptions(seeds=(1, 1)))
+    bank = ConfusionBank.load(folder / "seed-1" / "bank")
+    with pytest.raises(CaptError, match="other classes"):
+        CAPT(backbone("vit"), CLASSES, config=CONFIG, bank=bank)
+    state = json.loads((folder / "seed-1" / "state.json").read_text())
+    for name, value in (("adapter_sha256", "0" * 64), ("schema", 9)):
+        broken = tmp_path / name
+        broken.mkdir()
+        (broken / "state.json").write_text(json.dumps({**state, "has_bank": False, name: value}))
+        (broken / "adapter.safetensors").write_bytes((folder / "seed-1" / "adapter.safetensors").read_bytes())
+        with pytest.raises(DamagedFileError):
+            CAPT.load(broken, backbone("vit"))

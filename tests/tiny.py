@@ -1,0 +1,65 @@
+"""Tiny models and data for tests: random weights, real code paths."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image
+
+import capt
+from capt.backbones import Backbone
+from capt.data import DataSet, ImageSet
+
+TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION = {
+    "vit": {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8},
+    "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None},
+    "cnn": {
+        "timm_model_name": "mobilenetv2_035",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
+}
+
+
+@functools.cache
+def backbone(kind: str = "vit", dim: int = 48, seed: int = 0) -> Backbone:
+    """A wrapped open_clip model of a few thousand to a few hundred thousand parameters."""
+    from capt.backbones._torchvision import import_torchvision
+
+    import_torchvision()
+    import open_clip
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(embed_dim=dim, vision_cfg=VISION[kind], text_cfg=TEXT)
+        with torch.no_grad():
+            model.logit_scale.fill_(3.0)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=TEXT["context_length"])
+    size = VISION[kind]["image_size"]
+    preprocess = open_clip.image_transform(size, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return capt.wrap(model.eval(), tokenizer, preprocess, name=f"tiny-{kind}")
+
+
+CLASSES = ("cat", "dog", "fox", "wolf", "red car", "blue car", "tram", "bus", "apple")
+
+
+def data_set(per_class: int = 6, size: int = 40, seed: int = 0) -> DataSet:
+    """Nine classes of noisy two-colour images that a random tower confuses and that can be learned."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (len(CLASSES), 2, 3))
+
+    images, labels = [], []
+    for label in np.tile(np.repeat(np.arange(len(CLASSES)), per_class), 2):
+        pixels = np.empty((size, size, 3))
+        pixels[: size // 2], pixels[size // 2 :] = colours[label, 0], colours[label, 1]
+        pixels += rng.normal(0, 40, pixels.shape)
+        images.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+        labels.append(int(label))
+    both = ImageSet.from_images(images, labels, CLASSES)
+    half = len(images) // 2
+    return DataSet("tiny", both.subset(np.arange(half)), None, both.subset(np.arange(half, 2 * half)), CLASSES)
