@@ -1,7 +1,7 @@
 """Build the shipped set of confusable emoji classes: one WebDataset tar per vendor, an index and the credits.
 
-    python scripts/build_emoji.py --work /tmp/captwork                      # writes capt/assets/emoji
-    python scripts/build_emoji.py --work /tmp/captwork --all --out big      # every concept, for larger experiments
+    python scripts/build_emoji.py --work build/model-work                      # writes capt/assets/emoji
+    python scripts/build_emoji.py --work build/model-work --all --out big      # every concept, for larger experiments
 
 Needs `npm` on the path and `pip install resvg_py==0.5.0 pillow`. Two runs with the same versions write the same bytes.
 The list of classes is `scripts/data/emoji_concepts.txt`.

@@ -1,6 +1,6 @@
 """Measure the shipped CLIP model zero-shot, through the plain open_clip API.
 
-    python scripts/evaluate_zero_shot.py --work /tmp/captwork          # emoji and Tux Paint animals
+    python scripts/evaluate_zero_shot.py --work build/model-work          # emoji and Tux Paint animals
     python scripts/evaluate_zero_shot.py --emoji-only                  # no download
 
 Emoji: the classes of `capt/assets/emoji`, none of which entered the fit, in every style. Tux Paint: 146 animal

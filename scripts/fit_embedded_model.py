@@ -1,6 +1,6 @@
 """Fit the embedded CLIP model and write it to `capt/assets/model`.
 
-    python scripts/fit_embedded_model.py --work /tmp/captwork
+    python scripts/fit_embedded_model.py --work build/model-work
 
 Stages, each resumed from what it left in `WORK/fit`: features of the pictures, closed-form teacher, text corpus with
 its MiniLM embeddings, distillation of the text tower, assembly. `--until teacher` and so on stop early;
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--until", choices=STAGES, default="assemble", help="last stage to run")
     parser.add_argument("--assemble-only", action="store_true", help="skip the distillation, use its last checkpoint")
     parser.add_argument("--steps", type=int, default=3000, help="distillation steps of 256 texts")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the distillation")
     parser.add_argument("--start", type=Path, help="folder of an earlier fit (teacher.pt, text_tower.pt) to go on from")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -177,7 +178,8 @@ def main() -> None:
         return
     if not args.assemble_only:
         tower = args.start / "text_tower.pt" if args.start else None
-        text_tower.distil(args.work, texts, teacher.text(embeddings), args.steps, seed=SEED, start=tower)
+        targets = teacher.text(embeddings)
+        text_tower.distil(args.work, texts, targets, args.steps, rate=args.rate, seed=SEED, start=tower)
     if last == 3:
         return
     assemble(args.work, args.out, teacher, scale, describe(found, len(texts), args.steps, scale))

@@ -216,3 +216,21 @@ def test_wrong_use_is_refused(run, tmp_path):
         (broken / "adapter.safetensors").write_bytes((folder / "seed-1" / "adapter.safetensors").read_bytes())
         with pytest.raises(DamagedFileError):
             CAPT.load(broken, backbone("vit"))
+
+
+def test_evidence_is_neutral_in_training_and_for_new_classes_and_names_the_class_of_a_training_image():
+    wrapped, images = backbone("vit"), data_set().train
+    model = CAPT(wrapped, CLASSES, config=CONFIG)
+    pixels_, labels = pixels("vit", 54 // 4 + 1), torch.from_numpy(images.labels.copy())
+    with torch.no_grad():
+        everything = torch.stack([wrapped.preprocess(images.image(i)) for i in range(len(images))])
+        before = model.eval().logits(everything)
+        model.evidence.remember(wrapped.image_features(everything), labels)
+        tokens = model.tokens(pixels_)
+        assert torch.equal(model.train()(tokens).logits, model(tokens).base_logits)
+        after = model.eval().logits(everything)
+    assert (after.argmax(1) == labels).float().mean() > (before.argmax(1) == labels).float().mean()
+    new = model.logits(everything, ["violin", "ship", "lamp"])
+    model.evidence.means.zero_()
+    assert torch.equal(model.logits(everything, ["violin", "ship", "lamp"]), new)
+    assert torch.equal(model.logits(everything), before)

@@ -35,7 +35,9 @@ def quick_digest(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
-        digest.update(f"{name}|{tensor.data_ptr()}|{tensor._version}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        # Tensors made under inference_mode count no versions; their sums still tell.
+        version = -1 if tensor.is_inference() else tensor._version
+        digest.update(f"{name}|{tensor.data_ptr()}|{version}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
         flat = _bytes(tensor)
         whole = flat.numel() // (8 * _ROW) * (8 * _ROW)
         if whole and flat.storage_offset() % 8 == 0:

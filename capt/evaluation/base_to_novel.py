@@ -167,6 +167,7 @@ class BaseToNovelRun:
             )  # fmt: skip
             torch.manual_seed(seed)
             model = CAPT(self.backbone, self.base.classes, config=self.config, bank=bank, text_features=self.text)
+            model.evidence.remember(raw.clone(), labels.to(self.device))
             bank_positions = positions[_positions(images, bank.sample_ids.numpy())]
 
             def tokens(batch: Tensor, generator: torch.Generator) -> Tensor:

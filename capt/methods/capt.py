@@ -22,6 +22,7 @@ from capt.modules import (
     MultiGranularityDifferenceExpert,
     SampleConfusion,
     SampleConfusionMiner,
+    SampleEvidence,
     SemanticConfusion,
     SemanticConfusionMiner,
 )
@@ -38,12 +39,13 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Candidate classes: names, their text features [C, d], and confusion statistics where the bank knows them."""
+    """Candidate classes: names, their text features [C, d], and what is known of them: statistics, bank, evidence."""
 
     names: tuple[str, ...]
     text_features: Tensor
     statistics: ConfusionStatistics | None = None
     bank: ConfusionBank | None = None
+    evidence: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class CAPT(nn.Module):
             backbone.dim, width=config.width, n_heads=config.heads, n_experts=config.experts, top_k=config.top_k,
             hidden=config.hidden, dropout=config.dropout, shared_expert=config.shared_expert,
         )  # fmt: skip
+        self.evidence = SampleEvidence(len(self.class_names), backbone.dim, config.evidence)
         self.loss = ConfusionLoss(config.confusion_weight)
         self._initialise_experts()
         self.to(self._text_features.device)
@@ -186,13 +189,25 @@ class CAPT(nn.Module):
         if class_names is None or tuple(class_names) == self.class_names:
             statistics = self.bank.statistics(self.config.orientation) if self.bank is not None else None
             device = self._text_features.device
+            rows = torch.arange(len(self.class_names), device=device)
             return ClassSet(
-                self.class_names, self._text_features, None if statistics is None else statistics.to(device), self.bank
+                self.class_names,
+                self._text_features,
+                None if statistics is None else statistics.to(device),
+                self.bank,
+                self.evidence.change_map(self._text_features, rows),
             )
         names = tuple(class_names)
         if not names:
             raise DataError("CAPT: the list of class names is empty")
-        return ClassSet(names, self.backbone.class_text_features(names), self._statistics_for(names))
+        text = self.backbone.class_text_features(names)
+        return ClassSet(names, text, self._statistics_for(names), evidence=self._evidence_for(names, text))
+
+    def _evidence_for(self, names: tuple[str, ...], text: Tensor) -> tuple[Tensor, Tensor] | None:
+        row = {name: index for index, name in enumerate(self.class_names)}
+        known = [index for index, name in enumerate(names) if name in row]
+        rows = torch.tensor([row[names[i]] for i in known], dtype=torch.long, device=text.device)
+        return self.evidence.change_map(text[known], rows)
 
     def _statistics_for(self, names: tuple[str, ...]) -> ConfusionStatistics | None:
         position = {name: index for index, name in enumerate(names)}
@@ -239,7 +254,11 @@ class CAPT(nn.Module):
         )
         expert = self.mgde(features, semantic.commonality, semantic.difference, self._sample_guidance(sample))
         strength = 1.0 if classes.statistics is not None else self.config.unseen_strength
-        corrected = self.mgde.correct(raw, expert.correction, sample.own, strength)
+        extra: Tensor | float = 0.0
+        if classes.evidence is not None and not self.training:  # a training image would be its own evidence
+            matrix, offset = classes.evidence
+            extra = features @ matrix + offset
+        corrected = self.mgde.correct(raw, expert.correction, sample.own, strength, extra)
         return CAPTOutput(corrected, scale * corrected @ classes.text_features.T, base_logits, semantic, sample, expert)
 
     def _sample_guidance(self, sample: SampleConfusion) -> Tensor:
@@ -284,13 +303,15 @@ class CAPT(nn.Module):
     def logits(self, images: Tensor, class_names: Sequence[str] | None = None) -> Tensor:
         """Logits float [B, C] of transformed images [B, 3, H, W] over ``class_names`` (default: training classes)."""
         self.eval()
-        return self(self.tokens(images), self.class_set(class_names)).logits
+        output: CAPTOutput = self(self.tokens(images), self.class_set(class_names))
+        return output.logits
 
     @torch.inference_mode()
     def encode_image(self, images: Tensor, class_names: Sequence[str] | None = None) -> Tensor:
         """Corrected unit-norm features float [B, d]; they depend on the candidate classes, since confusions do."""
         self.eval()
-        return self(self.tokens(images), self.class_set(class_names)).features
+        output: CAPTOutput = self(self.tokens(images), self.class_set(class_names))
+        return output.features
 
     @torch.inference_mode()
     def predict(
@@ -324,7 +345,8 @@ class CAPT(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write ``adapter.safetensors``, ``state.json`` and, if there is one, ``bank/`` into ``folder``."""
         folder = Path(folder)
-        digest = save_tensors(folder / "adapter.safetensors", self.trainable())
+        tensors = {**self.trainable(), "evidence.means": self.evidence.means}
+        digest = save_tensors(folder / "adapter.safetensors", tensors)
         if self.bank is not None:
             self.bank.save(folder / "bank")
         write_json(
@@ -361,7 +383,7 @@ class CAPT(nn.Module):
         bank = ConfusionBank.load(folder / "bank") if state["has_bank"] else None
         model = cls(backbone, state["class_names"], config=config_from_dict(state["config"]), bank=bank)
         tensors = load_tensors(folder / "adapter.safetensors", state["adapter_sha256"])
-        expected = model.trainable()
+        expected: dict[str, Tensor] = {**model.trainable(), "evidence.means": model.evidence.means}
         if tensors.keys() != expected.keys() or any(tensors[n].shape != p.shape for n, p in expected.items()):
             raise DamagedFileError(
                 f"'{folder / 'adapter.safetensors'}': its tensors do not fit the recorded configuration"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from capt.errors import DamagedFileError
@@ -33,6 +33,7 @@ class CAPTConfig:
         alpha: constant mixing weight of the adapter. Kernels start at zero, so it also scales how fast they act.
         shared_expert: a linear expert on the adapted feature that every image uses, beside the routed ones.
         expert_lr: factor on the learning rate of attention, router and routed experts.
+        evidence: strength of the class means of the training images at prediction; 0 switches them off.
         unseen_strength: share of the correction that is applied among classes of which the bank holds no evidence.
         training: optimiser, schedule, batch size.
     """
@@ -58,8 +59,13 @@ class CAPTConfig:
     alpha: float = 1.0
     shared_expert: bool = True
     expert_lr: float = 0.1
+    evidence: float = 3.0
     unseen_strength: float = 0.5
     training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def as_published(self) -> CAPTConfig:
+        """The same without what is ours: shared expert, sample evidence, slower experts, weaker unseen classes."""
+        return replace(self, shared_expert=False, evidence=0.0, expert_lr=1.0, unseen_strength=1.0)
 
 
 def config_from_dict(values: dict[str, Any]) -> CAPTConfig:

@@ -4,6 +4,7 @@ from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
+from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MultiGranularityDifferenceExpert",
     "SampleConfusion",
     "SampleConfusionMiner",
+    "SampleEvidence",
     "SemanticConfusion",
     "SemanticConfusionMiner",
 ]

@@ -123,22 +123,29 @@ class MultiGranularityDifferenceExpert(nn.Module):
         batch, n_tokens, _ = tokens.shape
         query, key, value = self.attention_in(tokens).view(batch, n_tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.attention_out(attended.transpose(1, 2).reshape(batch, n_tokens, self.width))
+        mixed: Tensor = self.attention_out(attended.transpose(1, 2).reshape(batch, n_tokens, self.width))
+        return mixed
 
     def share(self, own: Tensor) -> Tensor:
         """Unit-norm ``normalize(s + W s)`` of adapted features float [..., d]: the shared expert alone."""
         return own if self.shared is None else F.normalize(own + self.shared(own), dim=-1)
 
     def correct(
-        self, raw_features: Tensor, correction: Tensor, own: Tensor | None = None, strength: float = 1.0
+        self,
+        raw_features: Tensor,
+        correction: Tensor,
+        own: Tensor | None = None,
+        strength: float = 1.0,
+        extra: Tensor | float = 0.0,
     ) -> Tensor:
-        """``normalize(v + strength * (beta * y + (own - v) + W own))``; the last two terms are the shared expert.
+        """``normalize(v + strength * (beta * y + (own - v) + W own) + extra)``; W and own - v are the shared expert.
 
         Args:
             raw_features: float [B, d], base features before normalisation.
             correction: float [B, d], y of :meth:`forward`.
             own: float [B, d], unit norm, the image through the Diff-Manner Adapter; None leaves the shared expert out.
-            strength: of the whole correction.
+            strength: of the learned correction.
+            extra: float [B, d], further change of v, see :class:`capt.modules.SampleEvidence`.
 
         Written on the raw feature so that a neutral correction gives the very bits of ``normalize(v)``.
         """
@@ -146,7 +153,7 @@ class MultiGranularityDifferenceExpert(nn.Module):
         if own is not None and self.shared is not None:
             change = change + (own - F.normalize(raw_features, dim=-1)) + self.shared(own)
         norm = raw_features.norm(dim=-1, keepdim=True)
-        return F.normalize(raw_features + norm * (strength * change), dim=-1)
+        return F.normalize(raw_features + norm * (strength * change + extra), dim=-1)
 
     def extra_repr(self) -> str:
         n_experts, hidden, width = self.w_in.shape

@@ -59,7 +59,9 @@ class SemanticConfusionMiner(nn.Module):
         if logits.shape[1] == 1:  # one class cannot be confused with anything: its own text is the guidance
             nothing = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
             own = text_features.expand(len(logits), -1)
-            return SemanticConfusion(nothing.new_zeros(len(logits)), nothing, nothing.float(), own, torch.zeros_like(own))
+            return SemanticConfusion(
+                nothing.new_zeros(len(logits)), nothing, nothing.float(), own, torch.zeros_like(own)
+            )
         with torch.no_grad():
             pseudo, confusing, scores = confusion_pairs(
                 logits.detach(),

@@ -68,7 +68,6 @@ class Teacher:
                  for part in embeddings.split(chunk)]  # fmt: skip
         return F.normalize(torch.cat(parts), dim=-1)
 
-
     def rotated_to(self, other: Teacher, embeddings: torch.Tensor) -> Teacher:
         """The same teacher in a basis as near as possible to another's on the texts `embeddings` [M, 384].
 
