@@ -20,8 +20,8 @@ from capt.backbones import load as load_backbone
 from capt.cli.fit import DEMO_CONFIG, DEMO_OPTIONS
 from capt.data import DataSet
 from capt.data import load as load_data
-from capt.evaluation.base_to_novel import METHODS, BaseToNovelRun
 from capt.files import write_json
+from capt.methods.base_to_novel import METHODS, BaseToNovelRun
 from capt.methods.capt import CAPTConfig
 
 METRICS = ("base", "novel", "hm", "sample_correction_rate", "new_error_rate")

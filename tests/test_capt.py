@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from capt import CAPT, ConfusionBank
 from capt.errors import CaptError, DamagedFileError, DataError
-from capt.evaluation.base_to_novel import BaseToNovelOptions, BaseToNovelRun, evaluate
 from capt.files import load_tensors
+from capt.methods.base_to_novel import BaseToNovelOptions, BaseToNovelRun, evaluate
 from capt.methods.capt import CAPTConfig
 from capt.training import TrainingOptions
 from tests.tiny import CLASSES, backbone, data_set

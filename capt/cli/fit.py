@@ -18,8 +18,8 @@ from capt.cli.common import (
     print_json,
     print_summary,
 )
-from capt.evaluation.base_to_novel import BaseToNovelOptions, BaseToNovelRun
 from capt.files import read_json, write_json
+from capt.methods.base_to_novel import BaseToNovelOptions, BaseToNovelRun
 from capt.methods.capt import CAPTConfig
 from capt.training import TrainingOptions
 

@@ -42,7 +42,7 @@ def evaluate(
         where: where the data set lies.
         json: print the summary as JSON.
     """
-    from capt.evaluation import base_to_novel
+    from capt.methods import base_to_novel
 
     _require_run(run)
     data_set, backbone = where.open(data), model.open(run)
