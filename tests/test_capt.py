@@ -234,3 +234,51 @@ def test_evidence_is_neutral_in_training_and_for_new_classes_and_names_the_class
     model.evidence.means.zero_()
     assert torch.equal(model.logits(everything, ["violin", "ship", "lamp"]), new)
     assert torch.equal(model.logits(everything), before)
+
+
+def test_one_new_class_among_the_candidates_switches_evidence_and_full_strength_off(run):
+    folder, fitted, _ = run
+    model = CAPT.load(folder / "seed-1", backbone("vit"))
+    base, novel = list(fitted.base.classes), list(fitted.novel.classes)
+    assert model.class_set().known and model.class_set().evidence is not None
+    assert model.class_set(base[::-1]).known and model.class_set(base[1:]).evidence is not None
+    for mixed in (base + novel, [*base, novel[0]], novel):
+        assert not model.class_set(mixed).known and model.class_set(mixed).evidence is None
+    order = list(range(len(base)))[::-1]
+    assert torch.allclose(model.logits(pixels("vit"), base[::-1]), model.logits(pixels("vit"))[:, order], atol=1e-3)
+
+
+def test_custom_class_texts_survive_saving(tmp_path):
+    wrapped = backbone("vit")
+    text = normalize(torch.randn(9, wrapped.dim, generator=torch.Generator().manual_seed(5)), dim=-1)
+    model = CAPT(wrapped, CLASSES, config=CONFIG, text_features=text)
+    model.save(tmp_path)
+    assert torch.equal(CAPT.load(tmp_path, wrapped).logits(pixels("vit")), model.logits(pixels("vit")))
+
+
+def test_images_trained_on_are_not_evaluated(run):
+    folder, *_ = run
+    data = data_set()
+    swapped = type(data)(data.name, data.test, None, data.train, data.classes)
+    with pytest.raises(DataError, match="was trained on"):
+        evaluate(folder, swapped, backbone("vit"))
+
+
+def test_a_half_without_test_images_is_refused_before_training():
+    data = data_set()
+    only_base = data.test.subset(data.test.labels < 5)
+    with pytest.raises(DataError, match="novel classes have no test image"):
+        BaseToNovelRun(type(data)(data.name, data.train, None, only_base, data.classes), backbone("vit"))
+
+
+def test_an_earlier_run_in_the_same_folder_leaves_no_trace(tmp_path):
+    (tmp_path / "seed-7").mkdir()
+    (tmp_path / "seed-7" / "state.json").write_text("{}")
+    trained_models("vit", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("seed-*")) == ["seed-0", "seed-1"]
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"views": -1}, {"dropout": 1.5}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(CaptError, match="found"):
+        CAPTConfig(**wrong)

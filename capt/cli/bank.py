@@ -159,9 +159,9 @@ def _nearest_rows(bank: ConfusionBank, backbone: Backbone, image: Path, top: int
 
     if bank.backbone and bank.backbone != backbone.fingerprint():
         raise CaptError("the bank was built with another model (fingerprints differ): give its --model, --pretrained")
-    pixels = backbone.preprocess(open_image(image)).unsqueeze(0)
+    pixels = backbone.preprocess(open_image(image)).unsqueeze(0).to(backbone.logit_scale.device)
     with torch.inference_mode():
         query = normalize(backbone.image_features(pixels), dim=-1)
-        scores, rows = bank_topk(query.float(), bank.features, k=top)
+        scores, rows = bank_topk(query.float().cpu(), bank.features, k=top)
     found = [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
     return [row for row, _ in found], [score for _, score in found]

@@ -34,12 +34,16 @@ class ModelOptions:
     """'embedded' (shipped), an open_clip model name, or hf:FOLDER for a transformers CLIP or SigLIP."""
     pretrained: str | None = None
     """open_clip weights: a tag or a checkpoint file; without it an open_clip model has random weights."""
+    device: str | None = None
+    """Such as cpu or cuda; default: a GPU where torch sees one."""
 
     def open(self) -> Backbone:
         """The wrapped, frozen model."""
+        import torch
+
         from capt.backbones import load
 
-        return load(self.model, self.pretrained)
+        return load(self.model, self.pretrained, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass(frozen=True)

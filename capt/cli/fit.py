@@ -54,7 +54,7 @@ def fit_capt(
     return 0
 
 
-# Chosen on the training images alone: each drawing style was held out in turn (scripts/tune_demo.py, docs/results.md).
+# Learning rates and evidence: each training style was held out in turn (scripts/tune_demo.py, docs/results.md).
 DEMO_CONFIG = CAPTConfig(hidden=256, views=0, training=TrainingOptions(lr=1e-4))
 DEMO_OPTIONS = BaseToNovelOptions(linear=TrainingOptions(lr=5e-4))
 

@@ -7,6 +7,7 @@ model, its bank, ``few_shot.json``, ``metrics.jsonl`` and ``predictions.safetens
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,9 @@ from capt.errors import CaptError, DataError
 from capt.evaluation.protocols import aggregate_seeds, base_to_novel_metrics, confusion_changes
 from capt.files import load_tensors, read_json, save_tensors, write_json
 from capt.methods.baselines import LinearAdapter, adapter_loss, zero_shot_logits
-from capt.methods.capt import CAPT, CAPTConfig, ClassSet, config_from_dict
+from capt.methods.capt import CAPT
+from capt.methods.capt_config import CAPTConfig, config_from_dict
+from capt.methods.capt_records import ClassSet
 from capt.training import TokenStore, TrainingOptions, train
 
 if TYPE_CHECKING:
@@ -57,7 +60,9 @@ class BaseToNovelOptions:
 def _positions(images: ImageSet, ids: np.ndarray) -> Tensor:
     """Positions int64 in ``images`` of sample ids, all of which must be there."""
     order = np.argsort(images.ids)
-    found = order[np.searchsorted(images.ids[order], ids)]
+    found = order[np.searchsorted(images.ids[order], ids).clip(max=len(order) - 1)]
+    if not np.array_equal(images.ids[found], ids):
+        raise DataError("some stored sample ids are not in this data set: it is not the data the run was made with")
     return torch.from_numpy(np.ascontiguousarray(found))
 
 
@@ -86,6 +91,13 @@ class BaseToNovelRun:
             raise CaptError(f"seeds must be distinct and at least one, found {list(self.options.seeds)}")
         self.data, self.backbone = data, backbone
         self.base, self.novel = base_novel(data)
+        for half, split in (("base", self.base), ("novel", self.novel)):
+            if split.test is None or not len(split.test):
+                raise DataError(
+                    f"data set '{data.name}': the {half} classes have no test image; give some, or split otherwise"
+                )
+        if not len(self.base.train):
+            raise DataError(f"data set '{data.name}': the base classes have no training image")
         self.progress = progress or (lambda what, done, total: None)
         self.device = backbone.logit_scale.device
         self.text = backbone.class_text_features(self.base.classes)
@@ -127,6 +139,11 @@ class BaseToNovelRun:
             for v in range(self.config.views)
         ]
         models: dict[int, tuple[CAPT, LinearAdapter]] = {}
+        # What an earlier run left in the same folder would be taken for a part of this one.
+        (out / "summary.json").unlink(missing_ok=True)
+        for folder in out.glob("seed-*"):
+            if folder.name.removeprefix("seed-") not in map(str, self.options.seeds):
+                shutil.rmtree(folder)
         self._record(out)
         for seed, images in shots.items():
             folder = out / f"seed-{seed}"
@@ -231,12 +248,15 @@ class BaseToNovelRun:
                 for seed, (model, _) in models.items()
             }
             found: dict[tuple[int, str], list[Tensor]] = {(seed, method): [] for seed in models for method in METHODS}
+            stored = {
+                seed: self._bank_tokens(model) if self.config.bank_at_inference else None
+                for seed, (model, _) in models.items()
+            }
             with torch.inference_mode():
                 for chunk in torch.arange(len(data.test)).split(64):
                     tokens = store(chunk)
                     for seed, (model, linear) in models.items():
-                        bank_tokens = self._bank_tokens(model) if self.config.bank_at_inference else None
-                        output = model(tokens, sets[seed], bank_tokens=bank_tokens)
+                        output = model(tokens, sets[seed], bank_tokens=stored[seed])
                         raw = model.adapter.encode_frozen(self.backbone.tower, tokens)
                         scores = {
                             "zero_shot": output.base_logits,
@@ -285,7 +305,7 @@ class BaseToNovelRun:
                 self.base.classes,
             ),
             "versions": record["versions"],
-            "hashes": record["hashes"],
+            "hashes": {**record["hashes"], "data": self.data.fingerprint()},
         }
 
     def _record(self, out: Path) -> None:
@@ -332,8 +352,15 @@ def evaluate(run: str | Path, data: DataSet, backbone: Backbone, *, progress: Pr
                 f"(only in the run: {missing or 'none'}; only in the data: {added or 'none'}). "
                 "Evaluate it on the data it was trained for, or fit a new run."
             )
+    assert data.test is not None
     models = {}
     for seed in seeds:
+        trained_on = {image["name"] for image in read_json(run / f"seed-{seed}" / "few_shot.json")["images"]}
+        if leaked := sorted(trained_on & set(data.test.names)):
+            raise DataError(
+                f"'{run}': seed {seed} was trained on {len(leaked)} of the test images of '{data.name}', such as "
+                f"'{leaked[0]}'; evaluate with the same split options as the run"
+            )
         model = CAPT.load(run / f"seed-{seed}", backbone)
         linear = LinearAdapter(backbone.dim).to(repeat.device)
         with torch.no_grad():

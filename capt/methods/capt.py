@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import load_tensors, read_json, save_tensors, write_json
 from capt.methods.baselines import zero_shot_logits
 from capt.methods.capt_config import CAPTConfig, config_from_dict
+from capt.methods.capt_records import CAPTOutput, ClassSet, Prediction
 from capt.modules import (
     ConfusionLoss,
     DiffMannerAdapter,
@@ -23,11 +24,9 @@ from capt.modules import (
     SampleConfusion,
     SampleConfusionMiner,
     SampleEvidence,
-    SemanticConfusion,
     SemanticConfusionMiner,
 )
 from capt.modules.kmeans import spherical_kmeans
-from capt.modules.mgde import ExpertOutput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,46 +34,6 @@ if TYPE_CHECKING:
     from capt.backbones import Backbone
 
 _SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class ClassSet:
-    """Candidate classes: names, their text features [C, d], and what is known of them: statistics, bank, evidence."""
-
-    names: tuple[str, ...]
-    text_features: Tensor
-    statistics: ConfusionStatistics | None = None
-    bank: ConfusionBank | None = None
-    evidence: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class CAPTOutput:
-    """Result of a forward pass.
-
-    Attributes:
-        features: float [B, d], unit norm, corrected image features.
-        logits: float [B, C].
-        base_logits: float [B, C] of the base model.
-        semantic, sample, expert: what each part found.
-    """
-
-    features: Tensor
-    logits: Tensor
-    base_logits: Tensor
-    semantic: SemanticConfusion
-    sample: SampleConfusion
-    expert: ExpertOutput
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One image: classes with probabilities, best first, and the classes it is easily confused with."""
-
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    base_class: str
-    confusable_with: tuple[str, ...]
 
 
 class CAPT(nn.Module):
@@ -85,6 +44,8 @@ class CAPT(nn.Module):
 
     Source: CAPT (confusion-aware prompt tuning), whole method; open choices: docs/fidelity.md.
     """
+
+    _text_features: Tensor
 
     def __init__(
         self, backbone: Backbone, class_names: Sequence[str], *, config: CAPTConfig | None = None,
@@ -114,9 +75,8 @@ class CAPT(nn.Module):
                 "CAPT: the bank holds the mistakes of another backbone (fingerprints differ); build it again"
             )
         self.bank = bank
-        self._text_features = (
-            backbone.class_text_features(self.class_names) if text_features is None else text_features
-        ).detach()
+        text = (backbone.class_text_features(self.class_names) if text_features is None else text_features).detach()
+        self.register_buffer("_text_features", text.clone(), persistent=False)
         self.semantic = SemanticConfusionMiner(config.k)
         self.sample = SampleConfusionMiner(
             DiffMannerAdapter.for_tower(
@@ -183,8 +143,9 @@ class CAPT(nn.Module):
     def class_set(self, class_names: Sequence[str] | None = None) -> ClassSet:
         """Candidate classes for :meth:`forward`.
 
-        Training classes come with the bank and its statistics; of other classes, those pairs keep their statistics
-        whose two names the bank knows. Wholly new classes have none, and no text of a training class is used.
+        Training classes come with the bank, its statistics and the evidence. A selection of them keeps statistics and
+        evidence; a list with any new class keeps the statistics of the pairs that the bank knows. Wholly new classes
+        have none, and no text of a training class is used.
         """
         if class_names is None or tuple(class_names) == self.class_names:
             statistics = self.bank.statistics(self.config.orientation) if self.bank is not None else None
@@ -195,19 +156,20 @@ class CAPT(nn.Module):
                 self._text_features,
                 None if statistics is None else statistics.to(device),
                 self.bank,
-                self.evidence.change_map(self._text_features, rows),
+                # A training image would be its own evidence.
+                None if self.training else self.evidence.change_map(self._text_features, rows),
+                known=True,
             )
         names = tuple(class_names)
         if not names:
             raise DataError("CAPT: the list of class names is empty")
         text = self.backbone.class_text_features(names)
-        return ClassSet(names, text, self._statistics_for(names), evidence=self._evidence_for(names, text))
-
-    def _evidence_for(self, names: tuple[str, ...], text: Tensor) -> tuple[Tensor, Tensor] | None:
         row = {name: index for index, name in enumerate(self.class_names)}
-        known = [index for index, name in enumerate(names) if name in row]
-        rows = torch.tensor([row[names[i]] for i in known], dtype=torch.long, device=text.device)
-        return self.evidence.change_map(text[known], rows)
+        if not all(name in row for name in names):
+            return ClassSet(names, text, self._statistics_for(names))
+        rows = torch.tensor([row[name] for name in names], device=text.device)
+        evidence = None if self.training else self.evidence.change_map(text, rows)
+        return ClassSet(names, text, self._statistics_for(names), evidence=evidence, known=True)
 
     def _statistics_for(self, names: tuple[str, ...]) -> ConfusionStatistics | None:
         position = {name: index for index, name in enumerate(names)}
@@ -224,7 +186,7 @@ class CAPT(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """Frozen tokens [B, L, D] of transformed images float [B, 3, H, W], the input of :meth:`forward`."""
         with torch.no_grad():
-            return self.adapter.frozen_tokens(self.backbone.tower, images)
+            return self.adapter.frozen_tokens(self.backbone.tower, images.to(self._text_features.device))
 
     def forward(
         self,
@@ -253,9 +215,9 @@ class CAPT(nn.Module):
             features, tokens, tower, semantic, bank=classes.bank, bank_tokens=bank_tokens, sample_ids=sample_ids
         )
         expert = self.mgde(features, semantic.commonality, semantic.difference, self._sample_guidance(sample))
-        strength = 1.0 if classes.statistics is not None else self.config.unseen_strength
+        strength = 1.0 if classes.known else self.config.unseen_strength
         extra: Tensor | float = 0.0
-        if classes.evidence is not None and not self.training:  # a training image would be its own evidence
+        if classes.evidence is not None:
             matrix, offset = classes.evidence
             extra = features @ matrix + offset
         corrected = self.mgde.correct(raw, expert.correction, sample.own, strength, extra)
@@ -327,7 +289,7 @@ class CAPT(nn.Module):
         if not isinstance(images, Tensor):
             images = torch.stack([self.backbone.preprocess(image) for image in images])
         classes = self.class_set(class_names)
-        output = self(self.tokens(images.to(self._text_features.device)), classes)
+        output = self(self.tokens(images), classes)
         probabilities, best = output.logits.float().softmax(-1).topk(min(top, len(classes.names)), dim=-1)
         base = output.base_logits.argmax(-1)
         return [
@@ -345,7 +307,7 @@ class CAPT(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write ``adapter.safetensors``, ``state.json`` and, if there is one, ``bank/`` into ``folder``."""
         folder = Path(folder)
-        tensors = {**self.trainable(), "evidence.means": self.evidence.means}
+        tensors = {**self.trainable(), "evidence.means": self.evidence.means, "text_features": self._text_features}
         digest = save_tensors(folder / "adapter.safetensors", tensors)
         if self.bank is not None:
             self.bank.save(folder / "bank")
@@ -381,8 +343,17 @@ class CAPT(nn.Module):
                 f"this one has {backbone.fingerprint()[:16]}...); give the same --model and --pretrained as in run.json"
             )
         bank = ConfusionBank.load(folder / "bank") if state["has_bank"] else None
-        model = cls(backbone, state["class_names"], config=config_from_dict(state["config"]), bank=bank)
         tensors = load_tensors(folder / "adapter.safetensors", state["adapter_sha256"])
+        # The class texts it was trained with, whatever templates the backbone has now.
+        text = tensors.pop("text_features", None)
+        if text is None:
+            raise DamagedFileError(
+                f"'{folder / 'adapter.safetensors'}': the class texts are missing; fit the model again"
+            )
+        config = config_from_dict(state["config"])
+        model = cls(
+            backbone, state["class_names"], config=config, bank=bank, text_features=text.to(backbone.logit_scale.device)
+        )
         expected: dict[str, Tensor] = {**model.trainable(), "evidence.means": model.evidence.means}
         if tensors.keys() != expected.keys() or any(tensors[n].shape != p.shape for n, p in expected.items()):
             raise DamagedFileError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from capt.errors import DamagedFileError
+from capt.errors import CaptError, DamagedFileError
 from capt.training.loop import TrainingOptions
 
 
@@ -62,6 +62,14 @@ class CAPTConfig:
     evidence: float = 3.0
     unseen_strength: float = 0.5
     training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.m < 1 or self.views < 0 or not 0 <= self.dropout <= 1 or not 0 <= self.bank_dropout <= 1:
+            raise CaptError(
+                "CAPT settings: k and m must be at least 1, views at least 0, dropout and bank_dropout in [0, 1]; "
+                f"found k={self.k}, m={self.m}, views={self.views}, dropout={self.dropout}, "
+                f"bank_dropout={self.bank_dropout}"
+            )
 
     def as_published(self) -> CAPTConfig:
         """The same without what is ours: shared expert, sample evidence, slower experts, weaker unseen classes."""

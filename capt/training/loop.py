@@ -28,7 +28,7 @@ class TrainingOptions:
         weight_decay: decoupled for adamw, L2 for sgd.
         warmup_epochs: linear warm-up from 0.
         clip_norm: global gradient norm; 0 switches clipping off.
-        amp: run the forward pass in bfloat16 (on by default on a GPU, off on a CPU).
+        amp: run the whole forward pass, losses included, under bfloat16 autocast.
     """
 
     epochs: int = 20
@@ -38,7 +38,7 @@ class TrainingOptions:
     weight_decay: float = 0.05
     warmup_epochs: float = 1.0
     clip_norm: float = 1.0
-    amp: bool | None = None
+    amp: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or not math.isfinite(self.lr) or self.lr < 0:
@@ -80,7 +80,6 @@ def train(
     if not trained or n_samples == 0 or options.epochs == 0:
         return []
     device = trained[0].device
-    amp = device.type == "cuda" if options.amp is None else options.amp
     # Decay belongs to matrices; gains, biases and scalar gates keep their meaning without it.
     groups = [
         {"params": [p for p in group if (p.ndim >= 2) == matrices], "weight_decay": decay, "lr": options.lr * scale}
@@ -111,7 +110,7 @@ def train(
             order = torch.randperm(n_samples, generator=generator)
             norm = torch.zeros(())
             for index, batch in enumerate(order.split(batch_size)):
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
                     losses = step(batch, generator)
                 loss = losses["loss"]
                 if not bool(torch.isfinite(loss)):

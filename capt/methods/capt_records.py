@@ -1,0 +1,56 @@
+"""What goes into a CAPT forward pass beside images, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from capt.bank import ConfusionBank, ConfusionStatistics
+from capt.modules import SampleConfusion, SemanticConfusion
+from capt.modules.mgde import ExpertOutput
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Candidate classes: names, their text features [C, d], and what is known of them.
+
+    ``known``: every candidate is a class of the bank; only then evidence counts and the correction is at full strength,
+    because both would favour known classes over new ones.
+    """
+
+    names: tuple[str, ...]
+    text_features: Tensor
+    statistics: ConfusionStatistics | None = None
+    bank: ConfusionBank | None = None
+    evidence: tuple[Tensor, Tensor] | None = None
+    known: bool = False
+
+
+@dataclass(frozen=True)
+class CAPTOutput:
+    """Result of a forward pass.
+
+    Attributes:
+        features: float [B, d], unit norm, corrected image features.
+        logits: float [B, C].
+        base_logits: float [B, C] of the base model.
+        semantic, sample, expert: what each part found.
+    """
+
+    features: Tensor
+    logits: Tensor
+    base_logits: Tensor
+    semantic: SemanticConfusion
+    sample: SampleConfusion
+    expert: ExpertOutput
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: classes with probabilities, best first, and the classes it is easily confused with."""
+
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    base_class: str
+    confusable_with: tuple[str, ...]
