@@ -1,48 +1,26 @@
-// CPU entry points of grid_adapter: task counts, weight packing, choice of the instruction-set level.
+// CPU entry points of grid_adapter: task counts, weight packing, dispatch to an instruction-set level.
 
-#include "capt.h"
+#include "grid_adapter.h"
 
 #define CAPT_DECLARE(level)                                                                          \
   extern "C" void capt_grid_adapter_##level(const CaptGridAdapter*, const float*, int64_t, int64_t); \
   extern "C" void capt_grid_correlate_##level(const CaptGridCorrelate*, int64_t, int64_t);
 
 CAPT_DECLARE(baseline)
-#ifdef CAPT_X86
 CAPT_DECLARE(avx2)
 CAPT_DECLARE(avx512)
-#endif
+CAPT_DECLARE(avx512bf16)
+CAPT_DECLARE(amx)
 
 namespace {
 
 using Adapter = void (*)(const CaptGridAdapter*, const float*, int64_t, int64_t);
 using Correlate = void (*)(const CaptGridCorrelate*, int64_t, int64_t);
 
-#ifdef CAPT_X86
-constexpr Adapter kAdapter[CAPT_LEVELS] = {capt_grid_adapter_baseline, capt_grid_adapter_avx2,
-                                           capt_grid_adapter_avx512};
-constexpr Correlate kCorrelate[CAPT_LEVELS] = {capt_grid_correlate_baseline, capt_grid_correlate_avx2,
-                                               capt_grid_correlate_avx512};
-
-int detect_level() {
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? CAPT_AVX512 : avx2 ? CAPT_AVX2 : CAPT_BASELINE;
-}
-#else
-constexpr Adapter kAdapter[CAPT_LEVELS] = {capt_grid_adapter_baseline, nullptr, nullptr};
-constexpr Correlate kCorrelate[CAPT_LEVELS] = {capt_grid_correlate_baseline, nullptr, nullptr};
-
-int detect_level() { return CAPT_BASELINE; }
-#endif
+constexpr Adapter kAdapter[CAPT_LEVELS] = CAPT_EVERY_LEVEL(capt_grid_adapter);
+constexpr Correlate kCorrelate[CAPT_LEVELS] = CAPT_EVERY_LEVEL(capt_grid_correlate);
 
 }  // namespace
-
-extern "C" int capt_cpu_level(void) {
-  static const int level = detect_level();
-  return level;
-}
 
 extern "C" int64_t capt_grid_adapter_tasks(const CaptGridAdapter* args) { return args->batch * (args->height + 1); }
 

@@ -16,8 +16,8 @@
 // Limits: any sizes (64-bit offsets); channels of a token contiguous. No atomics: results are bitwise repeatable.
 // The kernel that is mirrored (transpose) is the gradient of the input.
 
-#include "capt.h"
 #include "common/device.cuh"
+#include "grid_adapter.h"
 
 namespace {
 

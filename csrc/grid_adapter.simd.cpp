@@ -7,7 +7,8 @@
 // new vectors and does nine multiply-adds. Compulsory traffic: tokens read once, result written once.
 // Compiled once per instruction-set level; CAPT_LEVEL_NAME is the suffix of the exported functions.
 
-#include "capt.h"
+#include "grid_adapter.h"
+
 #include "common/simd.h"
 
 namespace {

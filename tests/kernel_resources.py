@@ -6,6 +6,7 @@ tests/data/kernel_resources.json, which the tests compare against.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -102,22 +103,11 @@ def triton_table() -> dict[str, Any]:
             return torch.cpu
 
     driver.set_active(NoDevice())
-    from capt.kernels import grid_adapter as k
-
     kernels = {}
-    blocks = {"BLOCK_P": k.BLOCK_P, "BLOCK_C": k.BLOCK_C, "num_warps": k.NUM_WARPS, "grid": (1,)}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        tokens, floats = MockTensor(dtype), MockTensor(torch.float32)
-        for transpose in (False, True):
-            sizes = (197, 768, 14, 14, 1, 197 * 768, 768, 1, 0.5)
-            compiled = k._adapter_kernel.warmup(
-                tokens, floats, floats, tokens, *sizes, TRANSPOSE=transpose, HAS_ALPHA=True, **blocks
-            )
-            kernels[f"adapter {name} transpose={transpose}"] = _cubin_usage(compiled)
-        sizes = (768, 14, 14, 1, 197 * 768, 768, 197 * 768, 768)
-        compiled = k._correlate_kernel.warmup(tokens, tokens, floats, *sizes, **blocks)
-        kernels[f"correlate {name}"] = _cubin_usage(compiled)
+    for path in sorted((ROOT / "tests" / "triton_variants").glob("[!_]*.py")):
+        variants = importlib.import_module(f"tests.triton_variants.{path.stem}").variants
+        for name, compiled in variants(MockTensor):
+            kernels[f"{path.stem} {name}"] = _cubin_usage(compiled)
     return {"compiler": f"triton {triton.__version__}", "kernels": kernels}
 
 

@@ -31,17 +31,9 @@ def emulated_library(folder: Path) -> Path:
     library = folder / "libcapt_emulated.so"
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "no C++ compiler"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-        f"-I{CSRC}",
-        "-x",
-        "c++",
-    ]
-    run([compiler, *flags, *sources("cuda"), "-o", library])
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}", "-x", "c++", "-c"]
+    objects = [folder / f"{source.stem}.o" for source in sources("cuda")]
+    for source, target in zip(sources("cuda"), objects, strict=True):
+        run([compiler, *flags, source, "-o", target])
+    run([compiler, "-shared", *objects, "-o", library])
     return library

@@ -261,13 +261,13 @@ def test_plan_names_backend_reason_and_traffic(monkeypatch):
     double = ops.explain("grid_adapter", batch=2, grid=(14, 14), dim=768, dtype=torch.float64)
     assert double.backend == "reference" and "float64" in double.rejected["cpu"]
     assert "cpu" in str(plan) and "not cuda: the tensors are on cpu" in str(plan)
-    monkeypatch.setattr(MODULE, "_NATIVE", NativeBuild(True, cpu_level="baseline"))
+    monkeypatch.setattr(_plan, "NATIVE", NativeBuild(True, cpu_level="baseline"))
     slow = ops.explain("grid_adapter", batch=2, grid=(14, 14), dim=768, dtype=torch.float16)
     assert slow.backend == "reference" and "in software" in slow.rejected["cpu"]
     assert ops.explain("grid_adapter", batch=2, grid=(14, 14), dim=768).backend == "cpu"
     forced = ops.explain("grid_adapter", batch=2, grid=(14, 14), dim=768, dtype=torch.float16, backend="cpu")
     assert forced.backend == "cpu"
-    monkeypatch.setattr(MODULE, "_NATIVE", NativeBuild(False, "the native library was not built"))
+    monkeypatch.setattr(_plan, "NATIVE", NativeBuild(False, "the native library was not built"))
     bare = ops.explain("grid_adapter", batch=2, grid=(14, 14), dim=768)
     assert bare.backend == "reference" and "was not built" in bare.rejected["cpu"]
     tokens, weight = make(1, (2, 2), 4, 0, 0)
@@ -280,13 +280,13 @@ def test_plan_names_backend_reason_and_traffic(monkeypatch):
 
 def test_plan_on_a_gpu_prefers_cuda_then_triton(monkeypatch):
     size = {"batch": 2, "grid": (14, 14), "dim": 768, "device": "cuda"}
-    monkeypatch.setattr(MODULE, "_NATIVE", NativeBuild(True, "", "13.0"))
-    monkeypatch.setattr(MODULE, "_HAS_TRITON", True)
+    monkeypatch.setattr(_plan, "NATIVE", NativeBuild(True, "", "13.0"))
+    monkeypatch.setattr(_plan, "HAS_TRITON", True)
     assert ops.explain("grid_adapter", **size).backend == "cuda"
-    monkeypatch.setattr(MODULE, "_NATIVE", NativeBuild(True, "", None))
+    monkeypatch.setattr(_plan, "NATIVE", NativeBuild(True, "", None))
     plan = ops.explain("grid_adapter", **size)
     assert plan.backend == "triton" and "built without CUDA" in plan.rejected["cuda"]
-    monkeypatch.setattr(MODULE, "_HAS_TRITON", False)
+    monkeypatch.setattr(_plan, "HAS_TRITON", False)
     assert ops.explain("grid_adapter", **size).backend == "reference"
     assert ops.explain("grid_adapter", **size, backend="reference").reason == "forced"
 

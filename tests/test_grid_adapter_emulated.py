@@ -14,13 +14,13 @@ import torch
 
 from capt import reference
 from tests.accuracy import ADAPTER_SHAPES, DTYPES, assert_as_accurate_as_torch, relative_l2
-from tests.native_build import CSRC, emulated_library, run
+from tests.native_build import CSRC, run
 
 POINTER, LONG = ctypes.c_void_p, ctypes.c_int64
 
 
 class Adapter(ctypes.Structure):
-    """struct CaptGridAdapter of csrc/capt.h."""
+    """struct CaptGridAdapter of csrc/grid_adapter.h."""
 
     _fields_ = [
         *((name, POINTER) for name in ("tokens", "weight", "alpha", "out")),
@@ -33,7 +33,7 @@ class Adapter(ctypes.Structure):
 
 
 class Correlate(ctypes.Structure):
-    """struct CaptGridCorrelate of csrc/capt.h."""
+    """struct CaptGridCorrelate of csrc/grid_adapter.h."""
 
     _fields_ = [
         *((name, POINTER) for name in ("tokens", "grad", "partial")),
@@ -41,11 +41,6 @@ class Correlate(ctypes.Structure):
         *((name, LONG) for name in ("batch_stride", "token_stride", "grad_batch_stride", "grad_token_stride")),
         ("dtype", ctypes.c_int32),
     ]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(emulated_library(tmp_path_factory.mktemp("emulation"))))
 
 
 def run_adapter(library, tokens, weight, alpha, scale, grid, n_prefix, transpose):
@@ -66,11 +61,11 @@ def run_adapter(library, tokens, weight, alpha, scale, grid, n_prefix, transpose
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ADAPTER_SHAPES)
 @pytest.mark.parametrize("transpose", [False, True])
-def test_forward_and_input_gradient(library, shape, dtype, transpose):
+def test_forward_and_input_gradient(emulated, shape, dtype, transpose):
     batch, grid, dim, n_prefix, n_suffix = shape
     tokens = torch.randn(batch, n_prefix + grid[0] * grid[1] + n_suffix, dim).to(dtype)
     weight, alpha = torch.randn(dim, 3, 3), torch.rand(batch)
-    out = run_adapter(library, tokens, weight, alpha, 0.5, grid, n_prefix, transpose)
+    out = run_adapter(emulated, tokens, weight, alpha, 0.5, grid, n_prefix, transpose)
     used = weight.flip(1, 2) if transpose else weight
     oracle = reference.grid_adapter(tokens.double(), used.double(), alpha.double() * 0.5, grid, n_prefix)
     own = reference.grid_adapter(tokens, used, alpha * 0.5, grid, n_prefix)
@@ -79,7 +74,7 @@ def test_forward_and_input_gradient(library, shape, dtype, transpose):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ADAPTER_SHAPES)
-def test_weight_gradient_of_each_image(library, shape, dtype):
+def test_weight_gradient_of_each_image(emulated, shape, dtype):
     batch, grid, dim, n_prefix, n_suffix = shape
     tokens = torch.randn(batch, n_prefix + grid[0] * grid[1] + n_suffix, dim).to(dtype)
     grad = torch.randn(tokens.shape).to(dtype)
@@ -88,7 +83,7 @@ def test_weight_gradient_of_each_image(library, shape, dtype):
         tokens.data_ptr(), grad.data_ptr(), partial.data_ptr(), *tokens.shape, *grid, n_prefix,
         tokens.stride(0), tokens.stride(1), grad.stride(0), grad.stride(1), DTYPES.index(dtype),
     )  # fmt: skip
-    assert library.capt_grid_correlate_cuda(ctypes.byref(args), None) == 0
+    assert emulated.capt_grid_correlate_cuda(ctypes.byref(args), None) == 0
     for b in range(batch):
         probe = torch.zeros(dim, 3, 3, dtype=torch.float64, requires_grad=True)
         out = reference.grid_adapter(tokens[b : b + 1].double(), probe, 1.0, grid, n_prefix)
@@ -96,14 +91,14 @@ def test_weight_gradient_of_each_image(library, shape, dtype):
         assert relative_l2(partial[b], want.reshape(dim, 9).t()) < 1e-5
 
 
-def test_strided_misaligned_and_number_alpha(library):
+def test_strided_misaligned_and_number_alpha(emulated):
     weight = torch.randn(8, 3, 3)
     big = torch.randn(2, 9, 24)
     for view in (big[:, :7, 3:11], big[:, 1:8, 4:12], big[:1, :7, :8].expand(2, -1, -1)):
-        out = run_adapter(library, view, weight, None, 0.7, (2, 3), 1, False)
+        out = run_adapter(emulated, view, weight, None, 0.7, (2, 3), 1, False)
         torch.testing.assert_close(out, reference.grid_adapter(view, weight, 0.7, (2, 3), 1))
     one = torch.tensor([2.0])
-    out = run_adapter(library, big[:, :7, :8], weight, one, 0.5, (2, 3), 1, False)
+    out = run_adapter(emulated, big[:, :7, :8], weight, one, 0.5, (2, 3), 1, False)
     torch.testing.assert_close(out, reference.grid_adapter(big[:, :7, :8], weight, 1.0, (2, 3), 1))
 
 

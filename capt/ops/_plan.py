@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 
+import torch
+
+from capt._build import native
 from capt.errors import CaptError
+
+#: Facts of this process, read once: a look-up inside torch.compile would be traced.
+NATIVE = native()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -47,6 +55,70 @@ def forced_impossible(op: str, backend: str, why: str) -> CaptError:
     return CaptError(
         f"{op}: backend='{backend}' was forced and cannot run: {why}. Use backend=None to let the plan choose"
     )
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How an op chooses its backend.
+
+    op: name of the op. reasons: backends that have a kernel, in order of preference, each with the reason to take it.
+    dtypes: what the kernels store and load.
+    """
+
+    op: str
+    reasons: dict[str, str]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def obstacle(self, backend: str, device: str, dtype: torch.dtype) -> str:
+        """Why ``backend`` cannot run on this device and dtype; empty if it can."""
+        if backend not in self.reasons:
+            return "this op has no such kernel"
+        if device != ("cpu" if backend == "cpu" else "cuda"):
+            return f"the tensors are on {device}"
+        if dtype not in self.dtypes:
+            known = ", ".join(str(known).removeprefix("torch.") for known in self.dtypes)
+            return f"{str(dtype).removeprefix('torch.')} has no kernel ({known} have)"
+        if backend == "triton":
+            return "" if HAS_TRITON else "triton is not installed"
+        if not NATIVE.loaded:
+            return NATIVE.reason
+        if backend == "cuda" and NATIVE.cuda is None:
+            return "capt was built without CUDA (no nvcc, or CAPT_CUDA=OFF)"
+        return ""
+
+    def choose(
+        self, device: str, dtype: torch.dtype, backend: str | None, disadvantages: dict[str, str] | None = None
+    ) -> tuple[str, str]:
+        """(backend, reason). disadvantages: why a backend that can run is not taken unless forced; empty: no reason.
+
+        Raises CaptError when a forced backend cannot run.
+        """
+        check_backend_name(self.op, backend)
+        if backend == "reference":
+            return "reference", "forced"
+        if backend is not None:
+            why = self.obstacle(backend, device, dtype)
+            if why:
+                raise forced_impossible(self.op, backend, why)
+            return backend, "forced"
+        for name, reason in self.reasons.items():
+            if not self.obstacle(name, device, dtype) and not (disadvantages or {}).get(name):
+                return name, reason
+        return "reference", "no kernel can run here, or none would be faster"
+
+    def rejected(self, device: str, dtype: torch.dtype, disadvantages: dict[str, str] | None = None) -> dict[str, str]:
+        """Every kernel that cannot or should not run, with the reason."""
+        found = {
+            name: self.obstacle(name, device, dtype) or (disadvantages or {}).get(name, "") for name in BACKENDS[1:]
+        }
+        return {name: why for name, why in found.items() if why}
+
+
+def slow_half(dtype: torch.dtype) -> str:
+    """Why a CPU kernel should not take this dtype here; empty if nothing speaks against it."""
+    if dtype == torch.float16 and NATIVE.cpu_level == "baseline":
+        return "this CPU converts float16 in software, which is slower than the reference"
+    return ""
 
 
 def reference_only(op: str, backend: str | None = None) -> Plan:

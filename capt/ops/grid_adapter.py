@@ -7,19 +7,25 @@ the Triton ones have the same schema in the namespace ``capt_triton``.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capt import reference
-from capt._build import native
 from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
-from capt.ops._plan import Plan, check_backend_name, forced_impossible
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "grid_adapter"
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: No measured CPU shape is slower than the best convolution of torch (docs/kernels/grid_adapter.md).
+DISPATCH = Dispatch(
+    OP,
+    {
+        "cpu": "one pass in token layout, where torch's convolution needs layout copies (docs/kernels/grid_adapter.md)",
+        "cuda": "compiled CUDA kernels are present",
+        "triton": "no compiled CUDA kernels in this build, Triton is installed",
+    },
+)
 
 
 def grid_adapter(
@@ -49,7 +55,7 @@ def grid_adapter(
     True
     """
     _check_arguments(tokens, weight, alpha, grid, n_prefix)
-    chosen, _ = _choose(tokens.device.type, tokens.dtype, backend)
+    chosen, _ = DISPATCH.choose(tokens.device.type, tokens.dtype, backend, {"cpu": slow_half(tokens.dtype)})
     if chosen == "reference":
         return reference.grid_adapter(tokens, weight, alpha, grid, n_prefix)
     factor, scale = None, 1.0
@@ -75,61 +81,12 @@ def plan(
 ) -> Plan:
     """The backend a forward call of this size would take, why, and its compulsory traffic and arithmetic."""
     place = torch.device(device).type
-    chosen, reason = _choose(place, dtype, backend)
-    obstacles = {name: _obstacle(name, place, dtype) or _disadvantage(name, dtype) for name in _REASONS}
-    rejected = {name: why for name, why in obstacles.items() if why}
+    against = {"cpu": slow_half(dtype)}
+    chosen, reason = DISPATCH.choose(place, dtype, backend, against)
     traffic = 2 * batch * (n_prefix + grid[0] * grid[1]) * dim * dtype.itemsize + 9 * dim * 4
-    return Plan(OP, chosen, reason, traffic, batch * grid[0] * grid[1] * dim * 20, rejected)
-
-
-def _choose(device: str, dtype: torch.dtype, backend: str | None) -> tuple[str, str]:
-    """(backend, reason); raises when a forced backend cannot run."""
-    check_backend_name(OP, backend)
-    if backend == "reference":
-        return "reference", "forced"
-    if backend is not None:
-        why = _obstacle(backend, device, dtype)
-        if why:
-            raise forced_impossible(OP, backend, why)
-        return backend, "forced"
-    for name, reason in _REASONS.items():
-        if not _obstacle(name, device, dtype) and not _disadvantage(name, dtype):
-            return name, reason
-    return "reference", "no kernel can run here, or none would be faster"
-
-
-#: In order of preference. No measured CPU shape is slower than the best convolution of torch (docs/kernels).
-_REASONS = {
-    "cpu": "one pass in token layout, where torch's convolution needs layout copies (docs/kernels/grid_adapter.md)",
-    "cuda": "compiled CUDA kernels are present",
-    "triton": "no compiled CUDA kernels in this build, Triton is installed",
-}
-#: Facts of this process, read once: a look-up inside torch.compile would be traced.
-_NATIVE = native()
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str:
-    """Why ``backend`` cannot run on this device and dtype; empty if it can."""
-    wanted = "cpu" if backend == "cpu" else "cuda"
-    if device != wanted:
-        return f"the tensors are on {device}"
-    if dtype not in KERNEL_DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} has no kernel (float32, float16 and bfloat16 have)"
-    if backend == "triton":
-        return "" if _HAS_TRITON else "triton is not installed"
-    if not _NATIVE.loaded:
-        return _NATIVE.reason
-    if backend == "cuda" and _NATIVE.cuda is None:
-        return "capt was built without CUDA (no nvcc, or CAPT_CUDA=OFF)"
-    return ""
-
-
-def _disadvantage(backend: str, dtype: torch.dtype) -> str:
-    """Why a backend that can run is not chosen; empty if nothing speaks against it."""
-    if backend == "cpu" and dtype == torch.float16 and _NATIVE.cpu_level == "baseline":
-        return "this CPU converts float16 in software, which is slower than the reference"
-    return ""
+    return Plan(
+        OP, chosen, reason, traffic, batch * grid[0] * grid[1] * dim * 20, DISPATCH.rejected(place, dtype, against)
+    )
 
 
 def _check_arguments(
@@ -250,7 +207,7 @@ def _define_triton() -> None:
     _complete("capt_triton")
 
 
-if _NATIVE.loaded:
+if NATIVE.loaded:
     _complete("capt")
-if _HAS_TRITON:
+if HAS_TRITON:
     _define_triton()

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "capt.h"
+#include "grid_adapter.h"
 
 #ifdef CAPT_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -18,7 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr const char* kLevelNames[CAPT_LEVELS] = {"baseline", "avx2", "avx512"};
+constexpr const char* kLevelNames[CAPT_LEVELS] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
 py::dict build_info() {
   py::dict info;

@@ -1,4 +1,4 @@
-// Look-up of torch's current CUDA stream, and CUDA error codes as exceptions.
+// Look-up of torch's current CUDA stream, CUDA error codes as exceptions, and the limit of the instruction-set level.
 
 #include "glue.h"
 
@@ -33,3 +33,17 @@ void check_cuda(int error, const char* op) {
 }  // namespace capt
 
 #endif
+
+namespace capt {
+namespace {
+
+int64_t limit_cpu_level(int64_t level) { return capt_limit_cpu_level(static_cast<int>(level)); }
+
+}  // namespace
+}  // namespace capt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(capt, library) { library.def("limit_cpu_level(int level) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(capt, CompositeExplicitAutograd, library) {
+  library.impl("limit_cpu_level", TORCH_BOX(&capt::limit_cpu_level));
+}

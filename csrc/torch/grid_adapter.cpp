@@ -1,5 +1,7 @@
 // Registration of capt::grid_adapter and capt::grid_adapter_correlate (CPU and CUDA). No arithmetic here.
 
+#include "grid_adapter.h"
+
 #include <optional>
 #include <vector>
 
