@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import grid_adapter, parity
+from benchmarks import grid_adapter
 from benchmarks.machine import machine_card
+from benchmarks.parity import grid_adapter as parity
 from capt import ops
 from capt.errors import CaptError
 

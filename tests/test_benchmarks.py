@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, grid_adapter, parity
+from benchmarks import gpu, grid_adapter
 from benchmarks.machine import machine_card
+from benchmarks.parity import grid_adapter as parity
 from benchmarks.rivals.grid_adapter import RIVALS
 from benchmarks.roofline import bandwidth, copy_function, share_of_floor
 from benchmarks.timer import interleaved

@@ -1,0 +1,59 @@
+"""Seeded problems for every op and the rule their answers must meet, for the tests and for a GPU run alike.
+
+One module per op with three functions:
+    problem(seed)                 a Problem on the CPU, the same for the same seed; sizes stay small
+    run(problem, **options)       a tuple of results: outputs, then gradients if the op has any; options go to the op
+    complaint(problem, found)     what is wrong with results, empty if nothing is
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of one call.
+
+    label: for a person. arguments: positional ones. options: keyword ones. exact: results must be bitwise equal to the
+    reference (integer-valued data), otherwise as accurate as the reference in the same precision.
+    """
+
+    label: str
+    arguments: tuple[Tensor, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
+
+    def to(self, device: str) -> Problem:
+        """The same problem with its tensors on ``device``."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        options = {name: move(value) for name, value in self.options.items()}
+        return replace(self, arguments=tuple(move(value) for value in self.arguments), options=options)
+
+
+def excess(found: Tensor, own: Tensor, oracle: Tensor, inputs: float) -> str:
+    """Empty if ``found`` errs at most twice as much against float64 as torch in the same precision does.
+
+    found: result under test. own: the reference in the precision of found. oracle: the reference in float64. inputs:
+    largest magnitude of the terms that were summed: one rounding quantum of it is allowed on top. Places where the
+    oracle is not finite must hold the same value.
+    """
+    if found.shape != oracle.shape:
+        return f"shape {list(found.shape)} instead of {list(oracle.shape)}"
+    exact, mine, theirs = oracle.double(), found.double(), own.double()
+    odd = ~exact.isfinite()
+    if not torch.equal(mine[odd].nan_to_num(nan=7e77), exact[odd].nan_to_num(nan=7e77)):
+        return "NaN or infinity at other places than in the reference"
+    if odd.all():
+        return ""
+    quantum = torch.finfo(found.dtype).eps * max(float(exact[~odd].abs().max()), inputs)
+    limit = 2 * float((theirs - exact)[~odd].abs().nan_to_num(nan=0.0).max()) + quantum
+    error = float((mine - exact)[~odd].abs().nan_to_num(nan=float("inf")).max())
+    return "" if error <= limit else f"error {error:.3g}, allowed {limit:.3g}"
