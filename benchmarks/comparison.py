@@ -1,7 +1,7 @@
 """What a benchmark compares: our op and its rivals on the same inputs, checked before they are timed.
 
-``benchmarks/<op>.py`` has ``cases(device)``, which yields a Case for each row of the table; ``case.build(backend)`` makes
-the inputs and returns a Comparison.
+``benchmarks/<op>.py`` has ``cases(device)``, which yields a Case for each row of the table; ``case.build(backend)``
+makes the inputs and returns a Comparison.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: op, shape label, dtype label, direction ("forward", "both" = forward and backward), quick: belongs to the
-    three-minute run (the others need --all-shapes), build(backend) makes the Comparison."""
+    """One row of the table.
+
+    shape, dtype: labels. direction: "forward" or "both" (forward and backward). quick: belongs to the three-minute run,
+    the others need --all-shapes. build(backend) makes the Comparison.
+    """
 
     op: str
     shape: str
