@@ -3,8 +3,9 @@
 #
 #   make demo    the main job on the shipped images and model: a table and an HTML report
 #   make test    lint and all tests
-#   make bench   time the ops on this machine's CPU
-#   make gpu     check and time the kernels on a GPU
+#   make bench   time the ops on this machine's CPU, in at most three minutes
+#   make gpu     build, check and time the kernels on a GPU, in at most ten minutes; needs no network: it uses the
+#                environment in .venv or else PYTHON, with torch >= 2.11 for CUDA, cmake, ninja and pybind11 in it
 #   make lint    ruff, mypy, clang-format
 #   make format  rewrite the sources as 'make lint' wants them
 #   make docs    refresh the generated parts of the README, check links
@@ -46,8 +47,8 @@ test: lint $(BUILD_STAMP)
 bench: $(DEVELOP_STAMP) $(BUILD_STAMP)
 	$(PY) -m pytest -q benchmarks --benchmark-only
 
-gpu: $(DEVELOP_STAMP) $(BUILD_STAMP)
-	$(PY) -m benchmarks.gpu
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu --build
 
 lint: $(DEVELOP_STAMP)
 	$(PY) -m ruff check .

@@ -1,11 +1,13 @@
-"""Fills the generated parts of README.md and docs/results.md, and checks every relative link in the documentation.
+"""Fills the generated parts of README.md and docs/, and checks every relative link in the documentation.
 
     python scripts/docs.py            rewrite them
     python scripts/docs.py --check    change nothing, fail if something is out of date or broken
 
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py;
-between the ``tuning-table`` marks of docs/results.md, what scripts/tune_demo.py wrote.
+between the ``tuning-table`` marks of docs/results.md, what scripts/tune_demo.py wrote. ``<!-- benchmarks -->`` in
+README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
+docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations
@@ -15,13 +17,21 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from capt.report import markdown_table, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # 'benchmarks' is not installed
+
+from benchmarks import tables  # noqa: E402
+
 DEMO = ROOT / "docs" / "results" / "demo.json"
 TUNING = ROOT / "docs" / "results" / "tuning.json"
 EXAMPLE = ROOT / "examples" / "drop_in.py"
+BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
+KERNELS = ROOT / "docs" / "kernels"
+MARK = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def demo_table() -> str:
@@ -46,11 +56,60 @@ def tuning_table() -> str:
     return "\n".join(lines)
 
 
+def benchmark_summary(recorded: dict[str, Any]) -> str:
+    """One line for every goal."""
+    return f"{tables.goals_table(tables.goals(recorded['rows']))}\n\n{tables.measured_on(recorded['machine'])}"
+
+
+def rows_of(mark: str, marks: set[str], recorded: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that belong to a mark: of the op of that name, or of its benchmark file if the op has no mark itself."""
+    return [row for row in recorded["rows"] if row["op"] == mark or (row["file"] == mark and row["op"] not in marks)]
+
+
+def benchmark_tables(text: str, folder: Path, marks: set[str], recorded: dict[str, Any]) -> str:
+    """``text`` of a page about a kernel with its measurements renewed."""
+
+    def table(match: re.Match[str]) -> str:
+        op, rows = match[2], rows_of(match[2], marks, recorded)
+        parts = ["Not measured yet."]
+        if rows:
+            several = len({row["op"] for row in rows}) > 1
+            parts = [tables.measured_on(recorded["machine"]) + " Ratio = rival / ours; floor = share of what the same"
+                     " bytes or operations cost at least, measured beside it."]  # fmt: skip
+            for name in dict.fromkeys(row["op"] for row in rows):
+                parts += [f"`{name}`:"] if several else []
+                parts.append(tables.rows_table([row for row in rows if row["op"] == name]))
+            goals = tables.goals(rows)
+            parts += [tables.goals_table(goals)] if goals else []
+        if (folder / f"{op}_gpu.md").is_file():
+            parts.append(f"On a GPU: [{op}_gpu.md]({op}_gpu.md).")
+        return match[1] + "\n\n".join(parts) + "\n" + match[3]
+
+    return MARK.sub(table, text)
+
+
+def kernel_pages() -> dict[Path, str]:
+    """Pages about kernels as they should be."""
+    if not BENCHMARKS.is_file():
+        return {}
+    recorded = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
+    texts = {page: page.read_text(encoding="utf-8") for page in sorted(KERNELS.glob("*.md"))}
+    marks = {match[2] for text in texts.values() for match in MARK.finditer(text)}
+    homeless = {row["op"] for row in recorded["rows"]} - {
+        row["op"] for mark in marks for row in rows_of(mark, marks, recorded)
+    }
+    if homeless:
+        sys.exit(f"docs/kernels: no page has a mark '<!-- benchmark: OP -->' for {', '.join(sorted(homeless))}")
+    return {page: benchmark_tables(text, KERNELS, marks, recorded) for page, text in texts.items()}
+
+
 def generated() -> dict[str, dict[str, str]]:
     """Generated parts by page and mark; what was never recorded stays as it is."""
     pages = {"README.md": {"drop-in": drop_in()}, "docs/results.md": {}}
     if DEMO.is_file():
         pages["README.md"]["demo-table"] = demo_table()
+    if BENCHMARKS.is_file():
+        pages["README.md"]["benchmarks"] = benchmark_summary(json.loads(BENCHMARKS.read_text(encoding="utf-8")))
     if TUNING.is_file():
         pages["docs/results.md"]["tuning-table"] = tuning_table()
     return pages
@@ -77,17 +136,23 @@ def broken_links() -> list[str]:
     return broken
 
 
+def renewed() -> dict[Path, str]:
+    """Every page with a generated part, as it should be."""
+    pages = {ROOT / page: filled(page, (ROOT / page).read_text(encoding="utf-8"), parts)
+             for page, parts in generated().items()}  # fmt: skip
+    return pages | kernel_pages()
+
+
 def main() -> None:
     """Entry point."""
-    for page, parts in generated().items():
-        old = (ROOT / page).read_text(encoding="utf-8")
-        new = filled(page, old, parts)
+    for path, new in renewed().items():
+        page = path.relative_to(ROOT)
+        if new == path.read_text(encoding="utf-8"):
+            continue
         if "--check" in sys.argv[1:]:
-            if new != old:
-                sys.exit(f"{page} is out of date: run 'make docs'")
-        elif new != old:
-            (ROOT / page).write_text(new, encoding="utf-8")
-            print(f"{page} renewed")
+            sys.exit(f"{page} is out of date: run 'make docs'")
+        path.write_text(new, encoding="utf-8")
+        print(f"{page} renewed")
     if links := broken_links():
         sys.exit("broken links:\n" + "\n".join(links))
 

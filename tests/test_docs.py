@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -60,3 +61,44 @@ def test_targets_that_are_shown_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in set(re.findall(r"\bmake ([a-z]+)", readme + makefile)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def docs_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_script", ROOT / "scripts" / "docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_benchmark_tables_come_from_the_recorded_results(tmp_path: Path) -> None:
+    docs = docs_script()
+    goal = {"rivals": ["torch"], "goal": 2.0, "best": "torch", "ratio": 4.0, "met": True}
+    row = {"file": "bank", "op": "bank_topk", "shape": "N 10", "dtype": "bfloat16", "direction": "forward",
+           "ms": 1.0, "ms_p20": 0.9, "ms_p80": 1.1, "rivals_ms": {"torch": 4.0}, "ratios": {"torch": 4.0},
+           "goals": [goal]}  # fmt: skip
+    other = {**row, "op": "bank_ranges"}
+    machine = {"commit": "abc123", "cpu": "a CPU", "cpus": 2, "threads": 2, "torch": "2", "date": "2026-01-01"}
+    recorded = {"machine": machine, "rows": [row, other]}
+    page = "a\n<!-- benchmark: bank -->\nold\n<!-- end -->\nb\n<!-- benchmark: bank_ranges -->\n<!-- end -->\n"
+    (tmp_path / "bank_gpu.md").write_text("", encoding="utf-8")
+    text = docs.benchmark_tables(page, tmp_path, {"bank", "bank_ranges"}, recorded)
+    first, second = text.split("\nb\n")
+    assert "old" not in text and text.startswith("a\n<!-- benchmark: bank -->\nMeasured: commit abc123; a CPU")
+    assert "| N 10 | bfloat16 | forward | 1.00 |" in first and "4.00 (torch)" in first and "`bank_topk`" not in first
+    assert "[bank_gpu.md](bank_gpu.md)" in first and "bank_gpu" not in second
+    assert text == docs.benchmark_tables(text, tmp_path, {"bank", "bank_ranges"}, recorded)
+    together = docs.benchmark_tables(page.split("b\n")[0], tmp_path, {"bank"}, recorded)
+    assert "`bank_topk`:" in together and "`bank_ranges`:" in together
+    assert "Not measured yet." in docs.benchmark_tables(
+        "<!-- benchmark: x -->\n<!-- end -->", tmp_path, {"x"}, recorded
+    )
+    summary = docs.benchmark_summary(recorded)
+    assert "| bank_topk | forward | N 10 | bfloat16 | torch | 4.00 | 4.00 | 2 | yes |" in summary
+
+
+def test_every_op_that_was_measured_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = docs_script()
+    monkeypatch.setattr(docs, "KERNELS", tmp_path)
+    with pytest.raises(SystemExit, match=r"no page has a mark .* for .*grid_adapter"):
+        docs.kernel_pages()

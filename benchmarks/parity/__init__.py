@@ -4,6 +4,8 @@ One module per op with three functions:
     problem(seed)                 a Problem on the CPU, the same for the same seed; sizes stay small
     run(problem, **options)       a tuple of results: outputs, then gradients if the op has any; options go to the op
     complaint(problem, found)     what is wrong with results, empty if nothing is
+and, where it can be one, a fourth:
+    call(problem, **options)      the op on the problem's arguments without gradients, for torch.compile
 """
 
 from __future__ import annotations
@@ -42,18 +44,19 @@ def excess(found: Tensor, own: Tensor, oracle: Tensor, inputs: float) -> str:
     """Empty if ``found`` errs at most twice as much against float64 as torch in the same precision does.
 
     found: result under test. own: the reference in the precision of found. oracle: the reference in float64. inputs:
-    largest magnitude of the terms that were summed: one rounding quantum of it is allowed on top. Places where the
-    oracle is not finite must hold the same value.
+    largest magnitude of the terms that were summed: one rounding quantum of it is allowed on top, at least the smallest
+    subnormal number. Places where the oracle is not finite must hold the same value.
     """
     if found.shape != oracle.shape:
         return f"shape {list(found.shape)} instead of {list(oracle.shape)}"
-    exact, mine, theirs = oracle.double(), found.double(), own.double()
+    exact, mine, theirs = (value.detach().double() for value in (oracle, found, own))
     odd = ~exact.isfinite()
     if not torch.equal(mine[odd].nan_to_num(nan=7e77), exact[odd].nan_to_num(nan=7e77)):
         return "NaN or infinity at other places than in the reference"
     if odd.all():
         return ""
-    quantum = torch.finfo(found.dtype).eps * max(float(exact[~odd].abs().max()), inputs)
+    kind = torch.finfo(found.dtype)
+    quantum = kind.eps * max(float(exact[~odd].abs().max()), inputs, kind.smallest_normal)
     limit = 2 * float((theirs - exact)[~odd].abs().nan_to_num(nan=0.0).max()) + quantum
     error = float((mine - exact)[~odd].abs().nan_to_num(nan=float("inf")).max())
     return "" if error <= limit else f"error {error:.3g}, allowed {limit:.3g}"
