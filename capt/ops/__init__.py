@@ -39,7 +39,7 @@ def explain(op: str, **shapes: Any) -> Plan:
     op: a name of ``__all__``. shapes: what the op's plan depends on; for grid_adapter batch, grid, dim, n_prefix,
     dtype, device; every op accepts backend=. Raises CaptError for an unknown op or a forced backend that cannot run.
 
-    >>> print(explain("bank_topk").backend)
+    >>> print(explain("asymmetric_loss").backend)
     reference
     """
     if op not in _PLANS:
