@@ -28,7 +28,6 @@ struct CaptTopkLists {
 };
 
 enum {
-  CAPT_BANK_FEW = 8,        // up to this many queries: lanes are channels, otherwise lanes are queries
   CAPT_BANK_QUERIES = 256,  // queries of one pass over the bank
 };
 

@@ -9,7 +9,14 @@
 
 namespace {
 
-// The queries of one pass: up to CAPT_BANK_FEW as rows for channel_dots, more as panels.
+// Up to this many queries are taken by channel_dots, more by panels. Tiles keep up with memory from two queries on.
+template <typename T>
+constexpr int64_t kFew = 8;
+#ifdef __AMX_BF16__
+template <>
+constexpr int64_t kFew<Bfloat> = 1;
+#endif
+
 inline int few_group(int64_t count) {
   int group = 1;
   while (group < count) group *= 2;
@@ -21,8 +28,7 @@ void pack(const CaptBankTopk& args, int64_t first, int64_t count, void* packed) 
   typedef typename Product<T>::Row Row;
   const T* queries = static_cast<const T*>(args.queries) + first * args.query_stride;
   const int64_t padded = padded_dim(args.dim);
-  if (count > CAPT_BANK_FEW) {
-    // The block after the last query serves as the scratch of one row.
+  if (count > kFew<T>) {
     uint32_t* words = static_cast<uint32_t*>(packed);
     float* scratch = new float[padded];
     pack_queries(queries, args.query_stride, count, args.dim, words, scratch);
@@ -30,7 +36,7 @@ void pack(const CaptBankTopk& args, int64_t first, int64_t count, void* packed) 
     return;
   }
   Row* target = static_cast<Row*>(packed);
-  memset(packed, 0, (size_t)(CAPT_BANK_FEW * padded) * sizeof(Row));
+  memset(packed, 0, (size_t)(kFew<T> * padded) * sizeof(Row));
   for (int64_t q = 0; q < count; ++q) copy_query(queries + q * args.query_stride, args.dim, target + q * padded);
 }
 
@@ -130,13 +136,18 @@ void scan_many(const CaptBankTopk& args, const void* packed, int64_t begin, int6
   const T* rows = static_cast<const T*>(args.rows);
   const uint32_t* words = static_cast<const uint32_t*>(packed);
   const int64_t block_words = packed_words<T>(args.dim), blocks = (lists.count + kQueryBlock - 1) / kQueryBlock;
+  // Every panel of queries asks for its share of the next block of rows.
+  const int64_t panels = (blocks + 1) / 2;
+  const int64_t block_bytes = args.row_stride == args.dim ? kPanelRows * args.dim * (int64_t)sizeof(T) : 0;
+  const int64_t share = (block_bytes / panels + 63) / 64 * 64;
   start_tiles();
   for (int64_t row = begin; row < end; row += kPanelRows) {
     const int n_rows = end - row < kPanelRows ? (int)(end - row) : kPanelRows;
     const auto staged = stage_rows(rows + row * args.row_stride, args.row_stride, n_rows, args.dim, scratch);
     for (int64_t b = 0; b < blocks; b += 2) {
       const int some = blocks - b < 2 ? 1 : 2;
-      panel_dots(staged, args.dim, words + b * block_words, block_words, some, scores);
+      const char* next = reinterpret_cast<const char*>(rows + (row + kPanelRows) * args.row_stride) + b / 2 * share;
+      panel_dots(staged, args.dim, words + b * block_words, block_words, some, scores, next, share);
       offer_panel(args, lists, b * kQueryBlock, some, scores, row, n_rows);
     }
   }
@@ -147,7 +158,7 @@ template <typename T>
 void scan(const CaptBankTopk& args, const void* packed, int64_t begin, int64_t end, CaptTopkLists& lists,
           void* scratch) {
   float* scores = static_cast<float*>(scratch);
-  if (lists.count <= CAPT_BANK_FEW) {
+  if (lists.count <= kFew<T>) {
     scan_few<T>(args, packed, begin, end, lists, scores);
   } else {
     scan_many<T>(args, packed, begin, end, lists, scores, static_cast<uint32_t*>(scratch) + kPanelRows * kPanelQueries);

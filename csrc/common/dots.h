@@ -2,14 +2,16 @@
 //
 // The queries are packed once, 16 to a block, so that they lie side by side in the lanes; rows are read where they are.
 //
-//   words    = packed_words<T>(dim)                          4-byte words of one packed block of 16 queries
-//   pack_queries(queries, stride, count, dim, packed)        packed: ceil(count / 16) * words, missing queries are zero
-//   start_tiles()                                            once per thread and task, before panel_dots ...
-//   staged   = stage_rows(rows, stride, n_rows, dim, scratch)        n_rows <= 32; scratch: scratch_words(dim) words
-//   panel_dots<T>(staged, dim, packed, blocks, scores)       scores[row][32] float32 of 1 or 2 blocks of 16 queries
-//   stop_tiles()                                             ... and at the end of the task
+//   words  = packed_words<T>(dim)                            4-byte words of one packed block of 16 queries
+//   pack_queries(queries, stride, count, dim, packed, scratch)   ceil(count / 16) blocks; missing queries are zero
+//   start_tiles()                                            once per thread and task, before panel_dots
+//   staged = stage_rows(rows, stride, n_rows, dim, scratch)  n_rows <= 32; scratch: scratch_words(dim) words
+//   panel_dots(staged, dim, packed, words, blocks, scores, next, bytes)    scores[row][32] of 1 or 2 blocks of queries;
+//                                                            meanwhile asks for the `bytes` from `next` on
+//   stop_tiles()                                             at the end of the task
 //
-//   channel_dots<T, Q>(rows, stride, n_rows, dim, queries, scores)   for Q = 1, 2, 4 or 8 queries: lanes are channels
+//   channel_dots<T, Q>(rows, stride, n_rows, dim, queries, scores, pitch)  Q = 1, 2, 4 or 8 queries left by copy_query:
+//                                                            lanes are channels
 //
 // All pointers to packed queries and scratch are aligned to 64 bytes; rows are not. Nothing outside the rows is read.
 // float32 sums; products of bfloat16 go through AVX512-BF16 or AMX where the level has them (these take subnormal
@@ -112,6 +114,20 @@ inline Staged<typename Product<T>::Row> stage_rows(const T* rows, int64_t stride
   return {copy, padded, n_rows};
 }
 
+// Memory that will be needed next, asked for little by little while a panel is computed: a single core waits for memory
+// rather than for the bus. `lines` cache lines from `at` on in every step; prefetching past the end is harmless.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+
+  Ahead(const void* start, int64_t bytes, int64_t steps)
+      : at(static_cast<const char*>(start)), lines((bytes / 64 + steps - 1) / steps) {}
+  void step() {
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line);
+    at += 64 * lines;
+  }
+};
+
 // ---- panels: lanes are queries ---------------------------------------------------------------------------------
 
 #if CAPT_VECTOR_WIDTH == 16
@@ -120,20 +136,30 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = CAPT_VECTOR_WIDTH / 2;  // 8 accumulators of 16 registers
 #endif
 
+// Channels (or pairs of them) between two requests for memory, and the number of requests of a full panel.
+constexpr int64_t kStepChannels = 16;
+inline int64_t panel_steps(int64_t channels) {
+  return kPanelRows / kTileRows * ((channels + kStepChannels - 1) / kStepChannels);
+}
+
 // kRows rows times kBlocks blocks of 16 queries.
 template <int kRows, int kBlocks>
 inline void float_tile(const float* rows, int64_t stride, int64_t dim, const float* packed, int64_t words,
-                       float* scores) {
+                       float* scores, Ahead& ahead) {
   constexpr int kVectors = kQueryBlock / kWidth;
   Vector sum[kRows][kBlocks * kVectors] = {};
-  for (int64_t d = 0; d < dim; ++d) {
-    Vector query[kBlocks * kVectors];
-    for (int v = 0; v < kBlocks * kVectors; ++v) {
-      query[v] = load(packed + v / kVectors * words + d * kQueryBlock + v % kVectors * kWidth);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Vector value = splat(rows[r * stride + d]);
-      for (int v = 0; v < kBlocks * kVectors; ++v) sum[r][v] += query[v] * value;
+  for (int64_t first = 0; first < dim; first += kStepChannels) {
+    ahead.step();
+    const int64_t last = first + kStepChannels < dim ? first + kStepChannels : dim;
+    for (int64_t d = first; d < last; ++d) {
+      Vector query[kBlocks * kVectors];
+      for (int v = 0; v < kBlocks * kVectors; ++v) {
+        query[v] = load(packed + v / kVectors * words + d * kQueryBlock + v % kVectors * kWidth);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vector value = splat(rows[r * stride + d]);
+        for (int v = 0; v < kBlocks * kVectors; ++v) sum[r][v] += query[v] * value;
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -142,27 +168,29 @@ inline void float_tile(const float* rows, int64_t stride, int64_t dim, const flo
 }
 
 template <int kBlocks>
-void float_panel(const Staged<float>& staged, int64_t dim, const uint32_t* packed, int64_t words, float* scores) {
+void float_panel(const Staged<float>& staged, int64_t dim, const uint32_t* packed, int64_t words, float* scores,
+                 Ahead ahead) {
   const float* queries = reinterpret_cast<const float*>(packed);
   int r = 0;
   for (; r + kTileRows <= staged.count; r += kTileRows) {
     float_tile<kTileRows, kBlocks>(staged.rows + r * staged.stride, staged.stride, dim, queries, words,
-                                   scores + r * kPanelQueries);
+                                   scores + r * kPanelQueries, ahead);
   }
   for (; r < staged.count; ++r) {
     float_tile<1, kBlocks>(staged.rows + r * staged.stride, staged.stride, dim, queries, words,
-                           scores + r * kPanelQueries);
+                           scores + r * kPanelQueries, ahead);
   }
 }
 
 inline void panel_dots(const Staged<float>& staged, int64_t dim, const uint32_t* packed, int64_t words, int blocks,
-                       float* scores) {
+                       float* scores, const void* next, int64_t next_bytes) {
+  const Ahead ahead(next, next_bytes, panel_steps(dim));
 #if CAPT_VECTOR_WIDTH == 16
-  if (blocks == 2) return float_panel<2>(staged, dim, packed, words, scores);
-  float_panel<1>(staged, dim, packed, words, scores);
+  if (blocks == 2) return float_panel<2>(staged, dim, packed, words, scores, ahead);
+  float_panel<1>(staged, dim, packed, words, scores, ahead);
 #else
   for (int b = 0; b < blocks; ++b) {
-    float_panel<1>(staged, dim, packed + b * words, words, scores + b * kQueryBlock);
+    float_panel<1>(staged, dim, packed + b * words, words, scores + b * kQueryBlock, ahead);
   }
 #endif
 }
@@ -186,8 +214,9 @@ inline void start_tiles() {
 inline void stop_tiles() { _tile_release(); }
 
 inline void panel_dots(const Staged<Bfloat>& staged, int64_t dim, const uint32_t* packed, int64_t words, int blocks,
-                       float* scores) {
+                       float* scores, const void* next, int64_t next_bytes) {
   const int64_t steps = padded_dim(dim) / 32, pitch = staged.stride * 2;
+  Ahead ahead(next, next_bytes, steps);
   const Bfloat *low = staged.rows, *high = staged.rows + 16 * staged.stride;
   _tile_zero(0);
   _tile_zero(1);
@@ -195,6 +224,7 @@ inline void panel_dots(const Staged<Bfloat>& staged, int64_t dim, const uint32_t
   _tile_zero(3);
   if (blocks == 2) {
     for (int64_t step = 0; step < steps; ++step) {
+      ahead.step();
       _tile_loadd(6, packed + step * 256, 64);
       _tile_loadd(4, low + step * 32, pitch);
       _tile_dpbf16ps(0, 4, 6);
@@ -208,6 +238,7 @@ inline void panel_dots(const Staged<Bfloat>& staged, int64_t dim, const uint32_t
     _tile_stored(3, scores + 16 * kPanelQueries + kQueryBlock, kPanelQueries * 4);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
+      ahead.step();
       _tile_loadd(6, packed + step * 256, 64);
       _tile_loadd(4, low + step * 32, pitch);
       _tile_dpbf16ps(0, 4, 6);
@@ -228,19 +259,25 @@ inline void stop_tiles() {}
 
 template <int kRows, int kBlocks>
 inline void pair_tile(const Bfloat* rows, int64_t stride, int64_t pairs, const uint32_t* packed, int64_t words,
-                      float* scores) {
+                      float* scores, Ahead& ahead) {
   __m512 sum[kRows][kBlocks];
   for (int r = 0; r < kRows; ++r) {
     for (int b = 0; b < kBlocks; ++b) sum[r][b] = _mm512_setzero_ps();
   }
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512i query[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) query[b] = _mm512_load_si512(packed + b * words + p * kQueryBlock);
-    for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      memcpy(&pair, rows + r * stride + 2 * p, 4);
-      const __m512i value = _mm512_set1_epi32(pair);
-      for (int b = 0; b < kBlocks; ++b) sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)query[b], (__m512bh)value);
+  for (int64_t first = 0; first < pairs; first += kStepChannels) {
+    ahead.step();
+    const int64_t last = first + kStepChannels < pairs ? first + kStepChannels : pairs;
+    for (int64_t p = first; p < last; ++p) {
+      __m512i query[kBlocks];
+      for (int b = 0; b < kBlocks; ++b) query[b] = _mm512_load_si512(packed + b * words + p * kQueryBlock);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        memcpy(&pair, rows + r * stride + 2 * p, 4);
+        const __m512i value = _mm512_set1_epi32(pair);
+        for (int b = 0; b < kBlocks; ++b) {
+          sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)query[b], (__m512bh)value);
+        }
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -249,23 +286,25 @@ inline void pair_tile(const Bfloat* rows, int64_t stride, int64_t pairs, const u
 }
 
 template <int kBlocks>
-void pair_panel(const Staged<Bfloat>& staged, int64_t dim, const uint32_t* packed, int64_t words, float* scores) {
-  const int64_t pairs = (dim + 1) / 2;
+void pair_panel(const Staged<Bfloat>& staged, int64_t pairs, const uint32_t* packed, int64_t words, float* scores,
+                Ahead ahead) {
   int r = 0;
   for (; r + kTileRows <= staged.count; r += kTileRows) {
     pair_tile<kTileRows, kBlocks>(staged.rows + r * staged.stride, staged.stride, pairs, packed, words,
-                                  scores + r * kPanelQueries);
+                                  scores + r * kPanelQueries, ahead);
   }
   for (; r < staged.count; ++r) {
     pair_tile<1, kBlocks>(staged.rows + r * staged.stride, staged.stride, pairs, packed, words,
-                          scores + r * kPanelQueries);
+                          scores + r * kPanelQueries, ahead);
   }
 }
 
 inline void panel_dots(const Staged<Bfloat>& staged, int64_t dim, const uint32_t* packed, int64_t words, int blocks,
-                       float* scores) {
-  if (blocks == 2) return pair_panel<2>(staged, dim, packed, words, scores);
-  pair_panel<1>(staged, dim, packed, words, scores);
+                       float* scores, const void* next, int64_t next_bytes) {
+  const int64_t pairs = (dim + 1) / 2;
+  const Ahead ahead(next, next_bytes, panel_steps(pairs));
+  if (blocks == 2) return pair_panel<2>(staged, pairs, packed, words, scores, ahead);
+  pair_panel<1>(staged, pairs, packed, words, scores, ahead);
 }
 
 #endif
@@ -295,6 +334,9 @@ inline Vector fold(Vector values[kWidth]) {
   return values[0];
 }
 
+// How far ahead of their use rows are asked for: about the latency of memory times the bandwidth of a core.
+constexpr int kAheadBytes = 16384;
+
 // kQueries queries as copy_query left them, padded_dim(dim) apart; scores[row * pitch + query]. kQueries divides
 // kWidth; rows are taken kWidth / kQueries at a time.
 template <typename T, int kQueries>
@@ -310,6 +352,7 @@ void channel_dots(const T* rows, int64_t stride, int n_rows, int64_t dim, const 
     auto step = [&](int64_t d, auto fetch_row) __attribute__((always_inline)) {
       for (int r = 0; r < kRows; ++r) {
         const auto value = fetch_row(row[r] + d);
+        __builtin_prefetch(reinterpret_cast<const char*>(row[r] + d) + kAheadBytes);
         for (int q = 0; q < kQueries; ++q) {
           if constexpr (Product<T>::kPairs) {
 #ifdef __AVX512BF16__
