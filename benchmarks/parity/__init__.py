@@ -10,6 +10,7 @@ and, where it can be one, a fourth:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,3 +61,12 @@ def excess(found: Tensor, own: Tensor, oracle: Tensor, inputs: float) -> str:
     limit = 2 * float((theirs - exact)[~odd].abs().nan_to_num(nan=0.0).max()) + quantum
     error = float((mine - exact)[~odd].abs().nan_to_num(nan=float("inf")).max())
     return "" if error <= limit else f"error {error:.3g}, allowed {limit:.3g}"
+
+
+def gradients(outs: Sequence[Tensor], upstream: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of ``wanted``; zeros where no result depends on one, as in a problem without rows."""
+    pairs = [(out, up.to(out.dtype)) for out, up in zip(outs, upstream, strict=True) if out.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(leaf) for leaf in wanted)
+    used, ups = zip(*pairs, strict=True)
+    return torch.autograd.grad(used, wanted, ups, materialize_grads=True)
