@@ -98,9 +98,11 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
     query, com, diff, *upstream = problem.arguments
     scale = problem.options["scale"]
     scale = abs(query.shape[1] ** -0.5 if scale is None else scale)
-    rows = [table.flatten(0, 1).double() for table in (com, diff)]
-    # Largest |upstream . row|: what the gradient of a score is made of.
-    along = [_largest(up.double() @ row.T) if row.numel() else 0.0 for up, row in zip(upstream, rows, strict=True)]
+    rows = [table.flatten(0, 1).double().abs() for table in (com, diff)]
+    # Largest |upstream| . |row|: what the gradient of a score is made of.
+    along = [
+        _largest(up.double().abs() @ row.T) if row.numel() else 0.0 for up, row in zip(upstream, rows, strict=True)
+    ]
     terms = {
         "query": scale * max(a * _largest(row) for a, row in zip(along, rows, strict=True)),
         "commonality": _largest(upstream[0]) + scale * along[0] * _largest(query),

@@ -88,10 +88,10 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
     n_heads, scale = problem.options["n_heads"], problem.options["scale"]
     width = keys.shape[2] // n_heads
     scale = abs(width**-0.5 if scale is None else scale)
-    # Largest |q . k| and |upstream . v| of a head: what scores and their gradients are made of.
-    v = values.unflatten(-1, (n_heads, width))
+    # Largest |q| . |k| and |upstream| . |v| of a head: what scores and their gradients are made of.
+    v = values.unflatten(-1, (n_heads, width)).abs()
     along = [
-        _largest(torch.einsum("brhc,blhc->bhrl", up.double().unflatten(-1, (n_heads, width)), v)) + _largest(lse)
+        _largest(torch.einsum("brhc,blhc->bhrl", up.double().abs().unflatten(-1, (n_heads, width)), v)) + _largest(lse)
         for up, lse in zip(upstream[:2], upstream[2:], strict=True)
     ]
     products = [width * _largest(query) * _largest(keys) * scale for query in queries]

@@ -18,6 +18,7 @@ from capt.ops import expert_gating as _expert_gating
 from capt.ops import grid_adapter as _grid_adapter
 from capt.ops import pair_frontier as _pair_frontier
 from capt.ops import prompt_attention as _prompt_attention
+from capt.ops import prompt_attention_shared as _prompt_attention_shared
 from capt.ops._plan import BACKENDS, Plan
 
 _PLANS: dict[str, Callable[..., Plan]] = {
@@ -25,7 +26,7 @@ _PLANS: dict[str, Callable[..., Plan]] = {
     "bank_topk": _bank_topk.plan,
     "confusion_pairs": _confusion_pairs.plan,
     "prompt_attention": _prompt_attention.plan,
-    "prompt_attention_shared": _prompt_attention.plan_shared,
+    "prompt_attention_shared": _prompt_attention_shared.plan,
     "expert_gating": _expert_gating.plan,
     "asymmetric_loss": _asymmetric_loss.plan,
     "pair_frontier": _pair_frontier.plan,
@@ -55,7 +56,7 @@ grid_adapter = _grid_adapter.grid_adapter
 bank_topk = _bank_topk.bank_topk
 confusion_pairs = _confusion_pairs.confusion_pairs
 prompt_attention = _prompt_attention.prompt_attention
-prompt_attention_shared = _prompt_attention.prompt_attention_shared
+prompt_attention_shared = _prompt_attention_shared.prompt_attention_shared
 expert_gating = _expert_gating.expert_gating
 asymmetric_loss = _asymmetric_loss.asymmetric_loss
 pair_frontier = _pair_frontier.pair_frontier

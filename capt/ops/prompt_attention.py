@@ -1,33 +1,31 @@
-"""Attention over commonality and difference prompts, both streams in one call."""
+"""Attention over commonality and difference prompts, both streams in one call.
+
+Reading order: public function, plan (which backend and why), argument checks, registration of the torch ops.
+``capt::prompt_attention`` and its backward are defined in csrc/torch/prompt_attention.cpp; the Triton ones have the same
+schema in the namespace ``capt_triton``. The form with keys shared by all prompts is in prompt_attention_shared.py.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import (
-    check,
-    check_count,
-    check_float,
-    check_index_range,
-    check_integer,
-    check_same_device,
-    check_tensor,
-)
-from capt.ops._plan import Plan, reference_only
+from capt.ops._checks import check_float, check_index_range, check_integer, check_same_device, check_tensor
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "prompt_attention"
-SHARED = "prompt_attention_shared"
-
-
-def plan(backend: str | None = None) -> Plan:
-    """Backend of a gathered call."""
-    return reference_only(OP, backend)
-
-
-def plan_shared(backend: str | None = None) -> Plan:
-    """Backend of a shared-key call."""
-    return reference_only(SHARED, backend)
+#: No measured CPU shape is slower than the best eager form (docs/kernels/prompt_attention.md).
+DISPATCH = Dispatch(
+    OP,
+    {
+        "cpu": "rows are read in place, where eager code copies them first (docs/kernels/prompt_attention.md)",
+        "cuda": "compiled CUDA kernels are present",
+        "triton": "no compiled CUDA kernels in this build, Triton is installed",
+    },
+)
 
 
 def prompt_attention(
@@ -47,9 +45,66 @@ def prompt_attention(
     that is absent; log_prior [B, k] is added to all rows of a pair (may be -inf); scale defaults to d**-0.5.
     Per kind: softmax over the k*s rows of ``scale * query . row + log_prior``, then the weighted sum of the rows.
 
-    Returns (h_commonality, h_difference), [B, d] in the query's dtype; an image without any row gets zeros.
-    Differentiable in query, tables and log_prior. Source: ours, after CAPT's guidance prompts. Raises CaptError.
+    Returns (h_commonality, h_difference), [B, d] in the query's dtype; an image without any row gets zeros. 16-bit
+    inputs are summed in float32. Differentiable once in query, tables and log_prior; bitwise repeatable, on the CPU for
+    any number of threads. Source: ours, after CAPT's guidance prompts. Raises CaptError, also when ``backend`` is forced
+    and cannot run.
     """
+    _check_arguments(query, commonality, difference, commonality_index, difference_index, log_prior)
+    if scale is None:
+        scale = query.shape[1] ** -0.5
+    dtype = query.dtype
+    if commonality.dtype != dtype or difference.dtype != dtype:  # float64 has no kernel, and float32 holds the others
+        double = torch.float64 in (dtype, commonality.dtype, difference.dtype)
+        dtype = torch.float64 if double else torch.float32
+    chosen, _ = DISPATCH.choose(query.device.type, dtype, backend, {"cpu": slow_half(dtype)})
+    if chosen == "reference":
+        return reference.prompt_attention(
+            query, commonality, difference, commonality_index, difference_index, log_prior, float(scale)
+        )
+    op = torch.ops.capt_triton.prompt_attention if chosen == "triton" else torch.ops.capt.prompt_attention
+    out_commonality, out_difference, _, _ = op.default(
+        query.to(dtype),
+        commonality.to(dtype),
+        difference.to(dtype),
+        commonality_index,
+        difference_index,
+        None if log_prior is None else log_prior.float(),
+        float(scale),
+    )
+    return out_commonality.to(query.dtype), out_difference.to(query.dtype)
+
+
+def plan(
+    *,
+    batch: int,
+    k: int,
+    rows: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Plan:
+    """The backend a forward call of this size would take, why, and its compulsory traffic and arithmetic.
+
+    rows: prompt rows of a pair, (s, s'). Traffic counts every row once per image that asks for it.
+    """
+    place = torch.device(device).type
+    against = {"cpu": slow_half(dtype)}
+    chosen, reason = DISPATCH.choose(place, dtype, backend, against)
+    gathered = batch * k * sum(rows)
+    traffic = (gathered + 3 * batch) * dim * dtype.itemsize + 2 * batch * k * 8 + gathered * 4
+    return Plan(OP, chosen, reason, traffic, 4 * gathered * dim, DISPATCH.rejected(place, dtype, against))
+
+
+def _check_arguments(
+    query: Tensor,
+    commonality: Tensor,
+    difference: Tensor,
+    commonality_index: Tensor,
+    difference_index: Tensor,
+    log_prior: Tensor | None,
+) -> None:
     check_tensor(OP, "query", query, ("B", "d"))
     batch, dim = query.shape
     check_tensor(OP, "commonality", commonality, ("n", "s", dim))
@@ -71,58 +126,134 @@ def prompt_attention(
         difference_index=difference_index,
         log_prior=log_prior,
     )
-    plan(backend)
-    return reference.prompt_attention(
-        query,
-        commonality,
-        difference,
-        commonality_index,
-        difference_index,
-        log_prior,
-        dim**-0.5 if scale is None else float(scale),
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake(
+    query: Tensor,
+    commonality: Tensor,
+    difference: Tensor,
+    commonality_index: Tensor,
+    difference_index: Tensor,
+    log_prior: Tensor | None,
+    scale: float,
+) -> Four:
+    torch._check(query.dim() == 2, lambda: "capt::prompt_attention: query must be [B, d]")
+    torch._check(
+        query.dtype == commonality.dtype == difference.dtype,
+        lambda: "capt::prompt_attention: tables must be [n, s, d] of the query's dtype",
+    )
+    batch, k = commonality_index.shape
+
+    def weight(table: Tensor) -> Tensor:
+        return query.new_empty((batch, k, table.shape[1]), dtype=torch.float32)
+
+    return query.new_empty(query.shape), query.new_empty(query.shape), weight(commonality), weight(difference)
+
+
+def _fake_backward(
+    grad_commonality: Tensor,
+    grad_difference: Tensor,
+    query: Tensor,
+    commonality: Tensor,
+    difference: Tensor,
+    commonality_index: Tensor,
+    difference_index: Tensor,
+    log_prior: Tensor | None,
+    scale: float,
+    weight_commonality: Tensor,
+    weight_difference: Tensor,
+    need_query: bool,
+    need_tables: bool,
+    need_prior: bool,
+) -> Four:
+    return (
+        query.new_empty(query.shape if need_query else 0),
+        query.new_empty(commonality.shape if need_tables else 0),
+        query.new_empty(difference.shape if need_tables else 0),
+        query.new_empty(commonality_index.shape if need_prior else 0, dtype=torch.float32),
     )
 
 
-def prompt_attention_shared(
-    commonality_query: Tensor,
-    difference_query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    n_heads: int,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Stacked class prompts of both kinds attend to the tokens of each image.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
 
-    Queries [R, D] (the same for every image) or [B, R, D]; keys and values [B, L, D] with L >= 1; D divisible by
-    n_heads; scale defaults to (D / n_heads)**-0.5.
 
-    Returns (out_commonality, out_difference, lse_commonality, lse_difference): outputs [B, R, D] in the dtype of keys;
-    log-sum-exp of the scaled scores [B, n_heads, R] in float32 (float64 for float64), with which softmaxes over split
-    keys can be merged. Source: ours; the split-softmax identity follows from the definition. Raises CaptError.
-    """
-    check_tensor(SHARED, "keys", keys, ("B", "L", "D"))
-    batch, n_keys, dim = keys.shape
-    check_tensor(SHARED, "values", values, (batch, n_keys, dim))
-    check(n_keys >= 1, f"{SHARED}: keys must hold at least one token, found shape {list(keys.shape)}")
-    for name, query in (("commonality_query", commonality_query), ("difference_query", difference_query)):
-        check(query.dim() in (2, 3), f"{SHARED}: {name} must be [R, D] or [B, R, D], found {list(query.shape)}")
-        check_tensor(SHARED, name, query, ("R", dim) if query.dim() == 2 else (batch, "R", dim))
-    check_float(
-        SHARED, commonality_query=commonality_query, difference_query=difference_query, keys=keys, values=values
+def _gradients(namespace: str) -> Any:
+    """Backward of a namespace's prompt_attention: its second op."""
+
+    def backward(ctx: Any, grad_commonality: Tensor, grad_difference: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *inputs, weight_commonality, weight_difference = ctx.saved_tensors
+        need_query, need_commonality, need_difference, _, _, need_prior, _ = ctx.needs_input_grad
+        query, commonality, difference, prior = getattr(torch.ops, namespace).prompt_attention_backward.default(
+            grad_commonality,
+            grad_difference,
+            *inputs,
+            ctx.scale,
+            weight_commonality,
+            weight_difference,
+            need_query,
+            need_commonality or need_difference,
+            need_prior,
+        )
+        return (
+            query if need_query else None,
+            commonality if need_commonality else None,
+            difference if need_difference else None,
+            None,
+            None,
+            prior if need_prior else None,
+            None,
+        )
+
+    return backward
+
+
+def _complete(namespace: str) -> None:
+    """Fake kernels and autograd of the two ops of a namespace."""
+    torch.library.register_fake(f"{namespace}::prompt_attention", _fake)
+    torch.library.register_fake(f"{namespace}::prompt_attention_backward", _fake_backward)
+    torch.library.register_autograd(f"{namespace}::prompt_attention", _gradients(namespace), setup_context=_save)
+
+
+def _triton_forward(*args: Any) -> Four:
+    from capt.kernels import prompt_attention as kernels
+
+    results: Four = kernels.prompt_attention(*args)
+    return results
+
+
+def _triton_backward(*args: Any) -> Four:
+    from capt.kernels import prompt_attention as kernels
+
+    gradients: Four = kernels.prompt_attention_backward(*args)
+    return gradients
+
+
+def _define_triton() -> None:
+    """capt_triton::prompt_attention*: the schemas of csrc/torch/prompt_attention.cpp, run by Triton."""
+    inputs = (
+        "Tensor query, Tensor commonality, Tensor difference, Tensor commonality_index, Tensor difference_index, "
+        "Tensor? log_prior, float scale"
     )
-    check_count(SHARED, "n_heads", n_heads)
-    check(dim % n_heads == 0, f"{SHARED}: width {dim} is not divisible by n_heads={n_heads}")
-    check_same_device(
-        SHARED, commonality_query=commonality_query, difference_query=difference_query, keys=keys, values=values
+    torch.library.define("capt_triton::prompt_attention", f"({inputs}) -> (Tensor, Tensor, Tensor, Tensor)")
+    torch.library.define(
+        "capt_triton::prompt_attention_backward",
+        f"(Tensor grad_commonality, Tensor grad_difference, {inputs}, Tensor weight_commonality, "
+        "Tensor weight_difference, bool need_query, bool need_tables, bool need_prior) -> "
+        "(Tensor, Tensor, Tensor, Tensor)",
     )
-    plan_shared(backend)
-    return reference.prompt_attention_shared(
-        commonality_query,
-        difference_query,
-        keys,
-        values,
-        n_heads,
-        (dim // n_heads) ** -0.5 if scale is None else float(scale),
-    )
+    torch.library.impl("capt_triton::prompt_attention", "cuda", _triton_forward)
+    torch.library.impl("capt_triton::prompt_attention_backward", "cuda", _triton_backward)
+    _complete("capt_triton")
+
+
+if NATIVE.loaded:
+    _complete("capt")
+if HAS_TRITON:
+    _define_triton()
