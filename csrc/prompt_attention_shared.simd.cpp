@@ -55,6 +55,10 @@ struct Scratch {
   }
 };
 
+inline Scratch allocate(int64_t floats) {
+  return Scratch{static_cast<float*>(aligned_alloc(64, (size_t)round_up(floats, 16) * sizeof(float))), 0};
+}
+
 // out[r, 0..channels) = factor * source[r, 0..width), zero beyond.
 template <typename T>
 void widen_rows(const T* source, int64_t stride, int64_t rows, const Shape& shape, float factor, float* out) {
@@ -86,6 +90,10 @@ inline void narrow_row(const float* source, float factor, int64_t width, T* out)
   int64_t c = 0;
   for (; c + kWidth <= width; c += kWidth) store(out + c, factor * load(source + c));
   if (c < width) store_some(out + c, factor * load(source + c), (int)(width - c));
+}
+
+inline void scale_row(float* row, float factor, int64_t n) {
+  for (int64_t c = 0; c < n; c += kWidth) store(row + c, factor * load(row + c));
 }
 
 // Softmax of one row of a block: scores become exponentials against the running maximum. Returns the factor by which
@@ -153,8 +161,7 @@ void forward_task(const CaptSharedAttention& args, int64_t image, int64_t head, 
              shape.scores, false);
         for (int64_t j = 0; j < rows; ++j) {
           const float shrink = soften(score + j * shape.scores, n, top + j, sum + j);
-          if (l > 0 && shrink != 1.0f)
-            narrow_row(mixed + j * shape.channels, shrink, shape.channels, mixed + j * shape.channels);
+          if (l > 0 && shrink != 1.0f) scale_row(mixed + j * shape.channels, shrink, shape.channels);
         }
         gemm(rows, shape.channels, n, Left{score, shape.scores, 1}, values + l * shape.channels, shape.channels, mixed,
              shape.channels, l > 0);
@@ -188,21 +195,21 @@ inline float dot(const T* a, const T* b, int64_t width) {
 // Gradient rows of one block go to their place: rounded, or into the partial sums of a query shared by images.
 template <typename T>
 void put_query_gradient(const CaptSharedAttentionBackward& args, int i, int64_t image, bool opens, int64_t group,
-                        int64_t r, int64_t rows, int64_t channel, const Shape& shape, const float* gradient) {
+                        int64_t r, int64_t rows, int64_t channel, int64_t width, int64_t pitch, const float* gradient) {
   const CaptSharedAttention& given = args.forward;
-  for (int64_t j = 0; j < rows; ++j, gradient += shape.channels) {
+  for (int64_t j = 0; j < rows; ++j, gradient += pitch) {
     if (!sums_images(args, i)) {
       T* out = static_cast<T*>(args.grad_query[i]) + (image * given.rows[i] + r + j) * given.dim + channel;
-      narrow_row(gradient, given.scale, shape.width, out);
+      narrow_row(gradient, given.scale, width, out);
       continue;
     }
     float* out = args.partial[i] + (group * given.rows[i] + r + j) * given.dim + channel;
     int64_t c = 0;
-    for (; c + kWidth <= shape.width; c += kWidth) {
+    for (; c + kWidth <= width; c += kWidth) {
       const Vector before = opens ? Vector{} : load(out + c);
       store(out + c, before + given.scale * load(gradient + c));
     }
-    for (; c < shape.width; ++c) out[c] = (opens ? 0.0f : out[c]) + given.scale * gradient[c];
+    for (; c < width; ++c) out[c] = (opens ? 0.0f : out[c]) + given.scale * gradient[c];
   }
 }
 
@@ -272,7 +279,8 @@ void backward_task(const CaptSharedAttentionBackward& args, int64_t group, int64
           }
         }
         if (args.grad_query[i] != nullptr) {
-          put_query_gradient<T>(args, i, image, image == from, group, r, rows, channel, shape, gradient);
+          put_query_gradient<T>(args, i, image, image == from, group, r, rows, channel, shape.width, shape.channels,
+                                gradient);
         }
       }
     }
@@ -307,6 +315,8 @@ void reduce_row(const CaptSharedAttentionBackward& args, int i, int64_t groups, 
 
 }  // namespace
 
+#include "prompt_attention_shared_tiles.h"
+
 #define CAPT_PASTE(name, level) name##_##level
 #define CAPT_NAME(name, level) CAPT_PASTE(name, level)
 #define CAPT_BY_DTYPE(dtype, function, ...) \
@@ -324,32 +334,62 @@ void reduce_row(const CaptSharedAttentionBackward& args, int i, int64_t groups, 
 extern "C" int CAPT_NAME(capt_prompt_attention_shared, CAPT_LEVEL_NAME)(const CaptSharedAttention* args, int64_t begin,
                                                                         int64_t end) {
   const Shape shape = shape_of(*args);
-  const int64_t floats =
+  int64_t floats =
       shape.width * shape.pitch + (shape.n_keys + 2 * kBlockRows) * shape.channels + kBlockRows * shape.scores + 128;
-  const Scratch scratch{static_cast<float*>(aligned_alloc(64, (size_t)round_up(floats, 16) * sizeof(float))), 0};
-  if (scratch.memory == nullptr) return 2;
-  for (int64_t task = begin; task < end; ++task) {
+#ifdef __AMX_BF16__
+  const bool tiles = args->dtype == CAPT_BFLOAT16;
+  if (tiles) {
+    floats = tile_scratch(*args);
+    configure_tiles();
+  }
+#endif
+  const Scratch scratch = allocate(floats);
+  for (int64_t task = begin; task < end && scratch.memory != nullptr; ++task) {
     const ForwardTask place = forward_split(*args, task);
+#ifdef __AMX_BF16__
+    if (tiles) {
+      forward_tiles(*args, place.image, place.head, place.first, place.last, scratch);
+      continue;
+    }
+#endif
     CAPT_BY_DTYPE(args->dtype, forward_task, *args, place.image, place.head, place.first, place.last, scratch)
   }
+#ifdef __AMX_BF16__
+  if (tiles) _tile_release();
+#endif
   free(scratch.memory);
-  return 0;
+  return scratch.memory == nullptr ? 2 : 0;
 }
 
 extern "C" int CAPT_NAME(capt_prompt_attention_shared_backward,
                          CAPT_LEVEL_NAME)(const CaptSharedAttentionBackward* args, int64_t begin, int64_t end) {
   const Shape shape = shape_of(args->forward);
-  const int64_t floats = 2 * shape.width * shape.pitch + 3 * (shape.n_keys + kBlockRows) * shape.channels +
-                         2 * kBlockRows * shape.scores + 256;
-  const Scratch scratch{static_cast<float*>(aligned_alloc(64, (size_t)round_up(floats, 16) * sizeof(float))), 0};
-  if (scratch.memory == nullptr) return 2;
-  for (int64_t task = begin; task < end; ++task) {
+  int64_t floats = 2 * shape.width * shape.pitch + 3 * (shape.n_keys + kBlockRows) * shape.channels +
+                   2 * kBlockRows * shape.scores + 256;
+#ifdef __AMX_BF16__
+  const bool tiles = args->forward.dtype == CAPT_BFLOAT16 && args->grad_keys == nullptr && args->grad_values == nullptr;
+  if (tiles) {
+    floats = tile_scratch(args->forward);
+    configure_tiles();
+  }
+#endif
+  const Scratch scratch = allocate(floats);
+  for (int64_t task = begin; task < end && scratch.memory != nullptr; ++task) {
     const BackwardTask place = backward_split(*args, task);
+#ifdef __AMX_BF16__
+    if (tiles) {
+      backward_tiles(*args, place.group, place.from, place.to, place.head, place.first, place.last, scratch);
+      continue;
+    }
+#endif
     CAPT_BY_DTYPE(args->forward.dtype, backward_task, *args, place.group, place.from, place.to, place.head, place.first,
                   place.last, scratch)
   }
+#ifdef __AMX_BF16__
+  if (tiles) _tile_release();
+#endif
   free(scratch.memory);
-  return 0;
+  return scratch.memory == nullptr ? 2 : 0;
 }
 
 extern "C" void CAPT_NAME(capt_prompt_attention_shared_reduce, CAPT_LEVEL_NAME)(const CaptSharedAttentionBackward* args,

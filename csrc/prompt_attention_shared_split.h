@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kTaskRows = 1008;     // packing the keys costs a few rows' worth of work
+constexpr int64_t kTaskRows = 1056;     // packing the keys costs a few rows' worth of work
 constexpr int64_t kBackwardTasks = 32;  // enough of them to keep threads busy; each group of images costs a partial sum
 
 inline int64_t row_blocks(const CaptSharedAttention& args) {

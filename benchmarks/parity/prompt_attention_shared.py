@@ -103,7 +103,8 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
         "commonality_query": scale * along[0] * _largest(keys),
         "difference_query": scale * along[1] * _largest(keys),
         "keys": scale * max(a * _largest(query) for a, query in zip(along, queries, strict=True)),
-        "values": max(map(_largest, upstream[:2])),
+        # The rounding of a float32 log-sum-exp passes into the probabilities.
+        "values": max(map(_largest, upstream[:2])) * max(1.0, *map(_largest, oracle[2:4])),
     }
     names = [*list(terms)[:4], *(name for name, need in zip(NAMES, problem.options["needs"], strict=True) if need)]
     if len(found) != len(names):

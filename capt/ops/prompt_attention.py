@@ -1,7 +1,7 @@
 """Attention over commonality and difference prompts, both streams in one call.
 
 Reading order: public function, plan (which backend and why), argument checks, registration of the torch ops.
-``capt::prompt_attention`` and its backward are defined in csrc/torch/prompt_attention.cpp; the Triton ones have the same
+``capt::prompt_attention`` and its backward are defined in csrc/torch/prompt_attention.cpp; those of Triton have its
 schema in the namespace ``capt_triton``. The form with keys shared by all prompts is in prompt_attention_shared.py.
 """
 
@@ -47,8 +47,8 @@ def prompt_attention(
 
     Returns (h_commonality, h_difference), [B, d] in the query's dtype; an image without any row gets zeros. 16-bit
     inputs are summed in float32. Differentiable once in query, tables and log_prior; bitwise repeatable, on the CPU for
-    any number of threads. Source: ours, after CAPT's guidance prompts. Raises CaptError, also when ``backend`` is forced
-    and cannot run.
+    any number of threads. Source: ours, after CAPT's guidance prompts. Raises CaptError, also when ``backend`` is
+    forced and cannot run.
     """
     _check_arguments(query, commonality, difference, commonality_index, difference_index, log_prior)
     if scale is None:
