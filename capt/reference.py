@@ -249,26 +249,78 @@ def expert_gating(
     b_out: Tensor,
     top_k: int,
     dropout: float,
-    training: bool,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Router, dense experts, weighted sum; see ``capt.ops.expert_gating``.
+    """Router, experts, weighted sum; see ``capt.ops.expert_gating``."""
+    weights, probs, load = expert_router(x, gate, top_k)
+    return expert_mix(x, weights, w_in, b_in, w_out, b_out, dropout, seed), weights, probs, load
 
-    Every expert runs on every token: with 3 experts and top-2 this costs 1.5x the arithmetic and needs no routing;
-    a dropped expert has weight exactly 0 and receives gradient exactly 0.
+
+def expert_router(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights [N, E], probs [N, E], load [E]): softmax of ``gate x``, the top_k largest of it renormalised, and the
+    share of rows with a positive weight."""
+    accumulate = accumulate_dtype(x.dtype)
+    probs = (x.to(accumulate) @ gate.to(accumulate).T).softmax(-1)
+    order = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = probs * torch.zeros_like(probs).scatter(1, order, 1.0)
+    weights = weights / weights.sum(-1, keepdim=True)
+    load = (weights.detach() > 0).to(weights.dtype).mean(0) if len(x) else torch.zeros_like(probs.sum(0)).detach()
+    return weights, probs, load
+
+
+def expert_mix(
+    x: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    """``y = sum_e w_e (W_out dropout(QuickGELU(W_in x + b_in)) + b_out)``; an expert with weight 0 counts as absent.
+
+    Every expert runs on every token, which needs no routing; absent ones give and receive exactly 0.
     """
     accumulate = accumulate_dtype(x.dtype)
-    inputs = x.to(accumulate)
-    probs = (inputs @ gate.to(accumulate).T).softmax(-1)
-    order = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    kept = torch.zeros_like(probs).scatter(1, order, 1.0)
-    weights = probs * kept
-    weights = weights / weights.sum(-1, keepdim=True)
-    hidden = torch.einsum("nd,ehd->neh", inputs, w_in.to(accumulate)) + b_in.to(accumulate)
-    hidden = F.dropout(hidden * torch.sigmoid(1.702 * hidden), dropout, training)
+    weights = weights.to(accumulate)
+    hidden = torch.einsum("nd,ehd->neh", x.to(accumulate), w_in.to(accumulate)) + b_in.to(accumulate)
+    hidden = hidden * torch.sigmoid(1.702 * hidden)
+    if dropout > 0.0:
+        n_tokens, n_experts, n_columns = hidden.shape
+        keep = dropout_mask(seed, n_tokens, n_experts, n_columns, dropout, x.device)
+        hidden = torch.where(keep, hidden * (1.0 / (1.0 - dropout)), 0.0)
     expert = torch.einsum("neh,edh->ned", hidden, w_out.to(accumulate)) + b_out.to(accumulate)
-    y = torch.einsum("ne,ned->nd", weights, expert).to(x.dtype)
-    load = (weights.detach() > 0).to(weights.dtype).mean(0) if len(x) else torch.zeros_like(probs.sum(0)).detach()
-    return y, weights, probs, load
+    expert = expert.masked_fill((weights == 0)[..., None], 0.0)
+    return torch.einsum("ne,ned->nd", weights, expert).to(x.dtype)
+
+
+def dropout_mask(
+    seed: int, n_tokens: int, n_experts: int, hidden: int, dropout: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """bool [N, E, H]: the hidden units that survive, a function of seed, token, expert and column alone.
+
+    All words have 32 bits. With mix = ``_mix32``, s = mix(seed mod 2^32), t = mix(s ^ (seed >> 32)),
+    a = mix(mix(t ^ n) ^ e) and b = mix(mix(s ^ n) + e), unit h of expert e survives for token n if
+    ``mix(mix(a ^ h) ^ b) >= floor(dropout * 2^32)``.
+    """
+
+    def count(size: int, *shape: int) -> Tensor:
+        return torch.arange(size, device=device).reshape(shape)
+
+    token, expert, column = count(n_tokens, -1, 1, 1), count(n_experts, 1, -1, 1), count(hidden, 1, 1, -1)
+    low = _mix32(torch.tensor(seed & 0xFFFFFFFF, device=device))
+    high = _mix32(low ^ (seed >> 32 & 0xFFFFFFFF))
+    first = _mix32(_mix32(high ^ token) ^ expert)
+    second = _mix32(_mix32(low ^ token) + expert & 0xFFFFFFFF)
+    return _mix32(_mix32(first ^ column) ^ second) >= int(dropout * 2.0**32)
+
+
+def _mix32(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words that spreads every input bit over the output; int64 in and out."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    word = (word ^ (word >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return word ^ (word >> 16)
 
 
 def asymmetric_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from capt import reference
@@ -33,7 +34,8 @@ def expert_gating(
 
     x [N, D]; gate [E, D]; w_in [E, H, D], b_in [E, H], w_out [E, D, H], b_out [E, D]. The router is a float32 softmax
     of ``gate x``, of which the top_k largest (ties to the lower expert) are kept and renormalised to sum 1.
-    dropout acts on the hidden activation when training.
+    dropout acts on the hidden activation when training; its seed comes from torch's generator of the CPU, and what it
+    drops depends on seed, token, expert and column alone (docs/kernels/expert_gating.md).
 
     Returns (y [N, D] in x's dtype, weights [N, E], probs [N, E] before the selection, load [E] = share of the rows
     that use an expert), the last three float32 (float64 for float64). Differentiable, load excepted; gradient reaches
@@ -55,4 +57,10 @@ def expert_gating(
     check(top_k <= n_experts, f"{OP}: top_k={top_k} exceeds the number of experts, {n_experts}")
     check(0.0 <= dropout < 1.0, f"{OP}: dropout must lie in [0, 1), found {dropout}")
     plan(backend)
-    return reference.expert_gating(x, gate, w_in, b_in, w_out, b_out, top_k, dropout, training)
+    dropout = dropout if training else 0.0
+    return reference.expert_gating(x, gate, w_in, b_in, w_out, b_out, top_k, dropout, _seed() if dropout else 0)
+
+
+def _seed() -> int:
+    """63 random bits of torch's CPU generator, so that torch.manual_seed governs them; no GPU is waited for."""
+    return int(torch.randint(torch.iinfo(torch.int64).max, ()))
