@@ -1,20 +1,30 @@
-"""Router, expert networks and weighted sum of a small mixture of experts."""
+"""Router, expert networks and weighted sum of a small mixture of experts.
+
+Reading order: public function, plan, argument checks, registration. The native ops ``capt::expert_router``,
+``capt::expert_mix`` and their backwards are defined in csrc/torch/expert_gating.cpp; the Triton ones have the same
+schemas in the namespace ``capt_triton``.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from capt import reference
 from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
-from capt.ops._plan import Plan, reference_only
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "expert_gating"
-
-
-def plan(backend: str | None = None) -> Plan:
-    """Backend of a call."""
-    return reference_only(OP, backend)
+DISPATCH = Dispatch(
+    OP,
+    {
+        "cpu": "weights are read once and only routed tokens are computed (docs/kernels/expert_gating.md)",
+        "cuda": "compiled CUDA kernels are present",
+        "triton": "no compiled CUDA kernels in this build, Triton is installed",
+    },
+)
 
 
 def expert_gating(
@@ -38,10 +48,59 @@ def expert_gating(
     drops depends on seed, token, expert and column alone (docs/kernels/expert_gating.md).
 
     Returns (y [N, D] in x's dtype, weights [N, E], probs [N, E] before the selection, load [E] = share of the rows
-    that use an expert), the last three float32 (float64 for float64). Differentiable, load excepted; gradient reaches
-    the gate through the kept weights and through probs. Source: CAPT's expert module; dense evaluation is ours.
-    Raises CaptError.
+    that use an expert), the last three float32 (float64 for float64). Differentiable once, load excepted; gradient
+    reaches the gate through the kept weights and through probs; experts that a row does not use give and receive
+    exactly 0. Bitwise repeatable on every backend. Sums are formed in float32; parameters of other dtypes than x are
+    widened to float32, and x with them. Source: CAPT's expert module. Raises CaptError.
     """
+    _check_arguments(x, gate, w_in, b_in, w_out, b_out, top_k, dropout)
+    tensors = (x, gate, w_in, b_in, w_out, b_out)
+    chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, {"cpu": slow_half(x.dtype)})
+    dropout = dropout if training else 0.0
+    seed = _seed() if dropout else 0
+    if chosen == "reference":
+        return reference.expert_gating(*tensors, top_k, dropout, seed)
+    if any(value.dtype != x.dtype for value in tensors):
+        tensors = tuple(value.float() for value in tensors)
+    ops = torch.ops.capt_triton if chosen == "triton" else torch.ops.capt
+    weights, probs, load = ops.expert_router(tensors[0], tensors[1], top_k)
+    y: Tensor = ops.expert_mix(tensors[0], weights, *tensors[2:], dropout, seed)
+    return y.to(x.dtype), weights, probs, load
+
+
+def _seed() -> int:
+    """63 random bits of torch's CPU generator, so that torch.manual_seed governs them; no GPU is waited for."""
+    return int(torch.randint(torch.iinfo(torch.int64).max, ()))
+
+
+def plan(
+    *,
+    tokens: int = 1,
+    dim: int = 768,
+    hidden: int | None = None,
+    n_experts: int = 3,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Plan:
+    """The backend a forward call of this size would take, why, and its compulsory traffic and arithmetic.
+
+    hidden: None: 4 * dim. Every expert is assumed to be used by some token when tokens * top_k allows it.
+    """
+    place = torch.device(device).type
+    against = {"cpu": slow_half(dtype)}
+    chosen, reason = DISPATCH.choose(place, dtype, backend, against)
+    hidden = 4 * dim if hidden is None else hidden
+    parameters = min(n_experts, tokens * top_k) * (2 * hidden * dim + hidden + dim) + n_experts * dim
+    traffic = (parameters + 2 * tokens * dim) * dtype.itemsize + (2 * tokens + 1) * n_experts * 4
+    flops = tokens * (2 * n_experts * dim + top_k * 4 * hidden * dim)
+    return Plan(OP, chosen, reason, traffic, flops, DISPATCH.rejected(place, dtype, against))
+
+
+def _check_arguments(
+    x: Tensor, gate: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, top_k: int, dropout: float
+) -> None:
     check_tensor(OP, "x", x, ("N", "D"))
     dim = x.shape[1]
     check_tensor(OP, "gate", gate, ("E", dim))
@@ -56,11 +115,132 @@ def expert_gating(
     check_count(OP, "top_k", top_k)
     check(top_k <= n_experts, f"{OP}: top_k={top_k} exceeds the number of experts, {n_experts}")
     check(0.0 <= dropout < 1.0, f"{OP}: dropout must lie in [0, 1), found {dropout}")
-    plan(backend)
-    dropout = dropout if training else 0.0
-    return reference.expert_gating(x, gate, w_in, b_in, w_out, b_out, top_k, dropout, _seed() if dropout else 0)
 
 
-def _seed() -> int:
-    """63 random bits of torch's CPU generator, so that torch.manual_seed governs them; no GPU is waited for."""
-    return int(torch.randint(torch.iinfo(torch.int64).max, ()))
+# ---- registration ------------------------------------------------------------------------------------------------
+
+ROUTER = "(Tensor x, Tensor gate, int top_k) -> (Tensor weights, Tensor probs, Tensor load)"
+ROUTER_BACKWARD = (
+    "(Tensor grad_weights, Tensor grad_probs, Tensor weights, Tensor probs, Tensor x, Tensor gate, bool need_x, "
+    "bool need_gate) -> (Tensor x, Tensor gate)"
+)
+_MIX_INPUTS = (
+    "Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, int seed"
+)
+MIX = f"({_MIX_INPUTS}) -> Tensor"
+MIX_BACKWARD = (
+    f"({_MIX_INPUTS}, Tensor grad_y, bool need_x, bool need_weights, bool need_w_in, bool need_b_in, bool need_w_out, "
+    "bool need_b_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _fake_router(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(x.dim() == 2 and gate.dim() == 2, lambda: "expert_router: x must be [N, D] and gate [E, D]")
+    shape = x.shape[0], gate.shape[0]
+    weights, probs = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return weights, probs, x.new_empty(gate.shape[:1], dtype=torch.float32)
+
+
+def _gradient(like: Tensor, needed: bool) -> Tensor:
+    return like.new_empty(like.shape if needed else (0,))
+
+
+def _fake_router_backward(
+    grad_weights: Tensor,
+    grad_probs: Tensor,
+    weights: Tensor,
+    probs: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    need_x: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor]:
+    return _gradient(x, need_x), _gradient(gate, need_gate)
+
+
+def _fake_mix(
+    x: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    dropout: float,
+    seed: int,
+) -> Tensor:
+    torch._check(x.dtype == w_in.dtype, lambda: "expert_mix: x and the experts must have one dtype")
+    return x.new_empty(x.shape)
+
+
+def _fake_mix_backward(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_gradient(like, needed) for like, needed in zip(args[:6], args[9:], strict=True))
+
+
+def _save_router(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate, _ = inputs
+    weights, probs, load = output
+    ctx.mark_non_differentiable(load)
+    ctx.save_for_backward(weights, probs, x, gate)
+
+
+def _save_mix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dropout, ctx.seed = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _router_gradients(namespace: str) -> Any:
+    def backward(ctx: Any, grad_weights: Tensor, grad_probs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:2]
+        op = getattr(torch.ops, namespace).expert_router_backward
+        found = op(grad_weights, grad_probs, *ctx.saved_tensors, *needs)
+        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None
+
+    return backward
+
+
+def _mix_gradients(namespace: str) -> Any:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:6]
+        op = getattr(torch.ops, namespace).expert_mix_backward
+        found = op(*ctx.saved_tensors, ctx.dropout, ctx.seed, grad_y, *needs)
+        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), None, None
+
+    return backward
+
+
+def _complete(namespace: str) -> None:
+    """Fake kernels and autograd of the four ops of a namespace."""
+    fakes = {"router": _fake_router, "router_backward": _fake_router_backward, "mix": _fake_mix,
+             "mix_backward": _fake_mix_backward}  # fmt: skip
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::expert_{name}", fake)
+    torch.library.register_autograd(
+        f"{namespace}::expert_router", _router_gradients(namespace), setup_context=_save_router
+    )
+    torch.library.register_autograd(f"{namespace}::expert_mix", _mix_gradients(namespace), setup_context=_save_mix)
+
+
+def _define_triton() -> None:
+    """capt_triton::expert_*: the schemas of csrc/torch/expert_gating.cpp, run by Triton."""
+    schemas = {"router": ROUTER, "router_backward": ROUTER_BACKWARD, "mix": MIX, "mix_backward": MIX_BACKWARD}
+    for name, schema in schemas.items():
+        torch.library.define(f"capt_triton::expert_{name}", schema)
+        torch.library.impl(f"capt_triton::expert_{name}", "cuda", _triton(f"expert_{name}"))
+    _complete("capt_triton")
+
+
+def _triton(name: str) -> Any:
+    """The Triton function of this name; its module is imported when it is first called."""
+
+    def run(*args: Any) -> Any:
+        from capt.kernels import expert_gating as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return run
+
+
+if NATIVE.loaded:
+    _complete("capt")
+if HAS_TRITON:
+    _define_triton()
