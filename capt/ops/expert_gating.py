@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capt import reference
+from capt.errors import CaptError
 from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
@@ -114,7 +115,8 @@ def _check_arguments(
     check_same_device(OP, x=x, gate=gate, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
     check_count(OP, "top_k", top_k)
     check(top_k <= n_experts, f"{OP}: top_k={top_k} exceeds the number of experts, {n_experts}")
-    check(0.0 <= dropout < 1.0, f"{OP}: dropout must lie in [0, 1), found {dropout}")
+    if not 0.0 <= dropout < 1.0:
+        raise CaptError(f"{OP}: dropout must lie in [0, 1), found {dropout}")
 
 
 # ---- registration ------------------------------------------------------------------------------------------------
@@ -124,9 +126,7 @@ ROUTER_BACKWARD = (
     "(Tensor grad_weights, Tensor grad_probs, Tensor weights, Tensor probs, Tensor x, Tensor gate, bool need_x, "
     "bool need_gate) -> (Tensor x, Tensor gate)"
 )
-_MIX_INPUTS = (
-    "Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, int seed"
-)
+_MIX_INPUTS = "Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, int seed"
 MIX = f"({_MIX_INPUTS}) -> Tensor"
 MIX_BACKWARD = (
     f"({_MIX_INPUTS}, Tensor grad_y, bool need_x, bool need_weights, bool need_w_in, bool need_b_in, bool need_w_out, "
@@ -210,7 +210,7 @@ def _mix_gradients(namespace: str) -> Any:
 
 def _complete(namespace: str) -> None:
     """Fake kernels and autograd of the four ops of a namespace."""
-    fakes = {"router": _fake_router, "router_backward": _fake_router_backward, "mix": _fake_mix,
+    fakes: dict[str, Any] = {"router": _fake_router, "router_backward": _fake_router_backward, "mix": _fake_mix,
              "mix_backward": _fake_mix_backward}  # fmt: skip
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::expert_{name}", fake)
