@@ -55,12 +55,12 @@ def expert_gating(
     widened to float32, and x with them. Source: CAPT's expert module. Raises CaptError.
     """
     _check_arguments(x, gate, w_in, b_in, w_out, b_out, top_k, dropout)
-    tensors = (x, gate, w_in, b_in, w_out, b_out)
+    tensors: tuple[Tensor, ...] = (x, gate, w_in, b_in, w_out, b_out)
     chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, {"cpu": slow_half(x.dtype)})
     dropout = dropout if training else 0.0
     seed = _seed() if dropout else 0
     if chosen == "reference":
-        return reference.expert_gating(*tensors, top_k, dropout, seed)
+        return reference.expert_gating(x, gate, w_in, b_in, w_out, b_out, top_k, dropout, seed)
     if any(value.dtype != x.dtype for value in tensors):
         tensors = tuple(value.float() for value in tensors)
     ops = torch.ops.capt_triton if chosen == "triton" else torch.ops.capt
@@ -126,7 +126,9 @@ ROUTER_BACKWARD = (
     "(Tensor grad_weights, Tensor grad_probs, Tensor weights, Tensor probs, Tensor x, Tensor gate, bool need_x, "
     "bool need_gate) -> (Tensor x, Tensor gate)"
 )
-_MIX_INPUTS = "Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, int seed"
+_MIX_INPUTS = (
+    "Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, SymInt seed"
+)
 MIX = f"({_MIX_INPUTS}) -> Tensor"
 MIX_BACKWARD = (
     f"({_MIX_INPUTS}, Tensor grad_y, bool need_x, bool need_weights, bool need_w_in, bool need_b_in, bool need_w_out, "

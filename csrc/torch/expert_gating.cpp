@@ -13,6 +13,7 @@ namespace {
 using torch::stable::contiguous;
 
 const char* const kRouter = "capt::expert_router";
+constexpr int64_t kChunk = CAPT_EXPERT_CHUNK;
 const char* const kMix = "capt::expert_mix";
 
 Tensor floats(const Tensor& tensor) { return contiguous(torch::stable::to(tensor, ScalarType::Float)); }
@@ -155,8 +156,9 @@ struct Mix {
     chunk.weight = weight.data();
     Tensor workspace;
     int64_t room_for = -1;
-    for (chunk.first = 0; chunk.first < args.n_tokens; chunk.first += CAPT_EXPERT_CHUNK) {
-      chunk.count = args.n_tokens - chunk.first < CAPT_EXPERT_CHUNK ? args.n_tokens - chunk.first : CAPT_EXPERT_CHUNK;
+    for (chunk.first = 0; chunk.first < args.n_tokens; chunk.first += kChunk) {
+      const int64_t left = args.n_tokens - chunk.first;
+      chunk.count = left < kChunk ? left : kChunk;
       capt_expert_mix_route(&args, &chunk);
       if (chunk.start[args.n_experts] > room_for) {
         room_for = chunk.start[args.n_experts];
@@ -231,10 +233,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(capt, library) {
       "Tensor gate, bool need_x, bool need_gate) -> (Tensor x, Tensor gate)");
   library.def(
       "expert_mix(Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, float dropout, "
-      "int seed) -> Tensor");
+      "SymInt seed) -> Tensor");  // drawn anew in every run of a compiled graph
   library.def(
       "expert_mix_backward(Tensor x, Tensor weights, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, "
-      "float dropout, int seed, Tensor grad_y, bool need_x, bool need_weights, bool need_w_in, bool need_b_in, "
+      "float dropout, SymInt seed, Tensor grad_y, bool need_x, bool need_weights, bool need_w_in, bool need_b_in, "
       "bool need_w_out, bool need_b_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
