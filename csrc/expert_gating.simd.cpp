@@ -228,10 +228,10 @@ void router_back(const CaptExpertRouterBack& args, bool gate, int64_t begin, int
 // ---- products ----------------------------------------------------------------------------------------------------
 
 // Left operand a[row, k], right operand b[k, lanes], result c[row, lanes]: strides in floats. `outer` repeats the sum
-// over k with both operands moved on.
+// over k with both operands moved on. ahead: distance of the elements to fetch into the cache meanwhile, 0: none.
 struct Left {
   const float* data;
-  int64_t row, k, outer;
+  int64_t row, k, outer, ahead;
 };
 struct Right {
   const float* data;
@@ -252,6 +252,9 @@ void product_tile(Left a, Right b, Result c, int64_t n_outer, int64_t n_k, bool 
     const float* left = a.data + outer * a.outer;
     const float* right = b.data + outer * b.outer;
     for (int64_t k = 0; k < n_k; ++k, left += a.k, right += b.k) {
+      if (a.ahead != 0 && k % 16 == 0) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(left + r * a.row + a.ahead);
+      }
       Vector lanes[V];
       for (int v = 0; v < V; ++v) lanes[v] = load(right + v * b.vector);
       for (int r = 0; r < R; ++r) {
@@ -274,12 +277,12 @@ void product_rows(Left a, int64_t rows, Right b, Result c, int64_t n_outer, int6
 #endif
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    product_tile<R, V>({a.data + r * a.row, a.row, a.k, a.outer}, b, {c.data + r * c.row, c.row, c.vector}, n_outer,
-                       n_k, add);
+    product_tile<R, V>({a.data + r * a.row, a.row, a.k, a.outer, a.ahead}, b, {c.data + r * c.row, c.row, c.vector},
+                       n_outer, n_k, add);
   }
   for (; r < rows; ++r) {
-    product_tile<1, V>({a.data + r * a.row, a.row, a.k, a.outer}, b, {c.data + r * c.row, c.row, c.vector}, n_outer,
-                       n_k, add);
+    product_tile<1, V>({a.data + r * a.row, a.row, a.k, a.outer, a.ahead}, b, {c.data + r * c.row, c.row, c.vector},
+                       n_outer, n_k, add);
   }
 }
 
@@ -299,15 +302,18 @@ void product(Left a, int64_t rows, Right b, int64_t vectors, Result c, int64_t n
       product_rows<1>(a, rows, lanes, out, n_outer, n_k, add);
     }
     v += group;
+    a.ahead = 0;
   }
 }
 
-// Weight rows as stored. transposed: element (row, k) lies at k * stride + row instead of row * stride + k.
+// Weight rows as stored. transposed: element (row, k) lies at k * stride + row instead of row * stride + k. next: the
+// rows of the following task.
 template <typename T>
 struct Weights {
   const T* data;
   int64_t stride;
   bool transposed;
+  const T* next;
 };
 
 // c = weights [rows, n_k] times lanes, block by block; 16-bit and transposed weights are widened into a buffer first.
@@ -316,15 +322,16 @@ void weights_times_lanes(Weights<T> a, int64_t rows, int64_t n_k, Right b, int64
   alignas(64) float buffer[kRows * kBlock];
   for (int64_t k = 0; k < n_k; k += kBlock) {
     const int64_t count = smaller(kBlock, n_k - k);
-    Left left = {buffer, kBlock, 1, 0};
+    Left left = {buffer, kBlock, 1, 0, 0};
     if (a.transposed) {
-      left = {buffer, 1, kRows, 0};
+      left = {buffer, 1, kRows, 0, 0};
       for (int64_t i = 0; i < count; ++i) {
         const T* source = a.data + (k + i) * a.stride;
         for (int64_t r = 0; r < rows; r += kWidth) store(buffer + i * kRows + r, load_upto(source + r, rows - r));
       }
     } else if (sizeof(T) == sizeof(float)) {
-      left = {reinterpret_cast<const float*>(a.data + k), a.stride, 1, 0};
+      const int64_t ahead = k + kBlock < n_k ? kBlock : a.next - (a.data + k);
+      left = {reinterpret_cast<const float*>(a.data + k), a.stride, 1, 0, ahead};
     } else {
       for (int64_t r = 0; r < rows; ++r) {
         const T* source = a.data + r * a.stride + k;
@@ -539,13 +546,18 @@ struct Experts {
 
   const T* rows_of(const void* tensor) const { return static_cast<const T*>(tensor) + chunk.first * args.dim; }
   int64_t vectors(int64_t expert) const { return (chunk.start[expert + 1] - chunk.start[expert]) / kWidth; }
+  // Rows [row, row + kRows) of an expert's matrix, and those that come next: of the next expert, or kRows further down.
+  Weights<T> rows_of_expert(const void* tensor, int64_t stride, int64_t e, int64_t row, bool transposed) const {
+    const T* data = static_cast<const T*>(tensor);
+    const int64_t size = args.hidden * args.dim, step = transposed ? 1 : stride;
+    const T* next = data + (e + 1 < args.n_experts ? (e + 1) * size + row * step : (row + kRows) * step);
+    return {data + e * size + row * step, stride, transposed, next};
+  }
   Weights<T> w_in(int64_t e, int64_t row, bool transposed) const {
-    const T* data = static_cast<const T*>(args.w_in) + e * args.hidden * args.dim;
-    return {data + row * (transposed ? 1 : args.dim), args.dim, transposed};
+    return rows_of_expert(args.w_in, args.dim, e, row, transposed);
   }
   Weights<T> w_out(int64_t e, int64_t row, bool transposed) const {
-    const T* data = static_cast<const T*>(args.w_out) + e * args.hidden * args.dim;
-    return {data + row * (transposed ? 1 : args.hidden), args.hidden, transposed};
+    return rows_of_expert(args.w_out, args.hidden, e, row, transposed);
   }
   void biases(const void* tensor, int64_t first, int64_t rows, float* out) const {
     const T* source = static_cast<const T*>(tensor) + first;
@@ -752,12 +764,12 @@ struct Experts {
     const bool add = chunk.first > 0;
     for (int64_t column = 0; column < columns; column += kGroup * kWidth) {
       const int64_t group = smaller(kGroup, (columns - column + kWidth - 1) / kWidth);
-      const Left a = {left, kWidth, 1, left_size * kWidth};
+      const Left a = {left, kWidth, 1, left_size * kWidth, 0};
       const Right b = {right + column, right_size, kWidth, right_size * kWidth};
       const Result c = {part, kWidth, kRows * kWidth};
       product(a, rows, b, group, c, whole, kWidth, false);
       if (rest > 0) {
-        product({left + whole * left_size * kWidth, kWidth, 1, 0}, rows, {b.data + whole * b.outer, b.k, kWidth, 0},
+        product({left + whole * left_size * kWidth, kWidth, 1, 0, 0}, rows, {b.data + whole * b.outer, b.k, kWidth, 0},
                 group, c, 1, rest, true);
       }
       for (int64_t r = 0; r < rows; ++r) {
