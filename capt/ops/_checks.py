@@ -54,7 +54,7 @@ def check_index_range(op: str, name: str, value: Tensor, low: int, high: int) ->
     """Entries in [low, high). Read only on the CPU: on a GPU the test would stall the stream."""
     if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
         return
-    smallest, largest = int(value.min()), int(value.max())
+    smallest, largest = (int(bound) for bound in torch.aminmax(value))
     if smallest < low or largest >= high:
         raise CaptError(f"{op}: {name} must lie in [{low}, {high}), found values from {smallest} to {largest}")
 
