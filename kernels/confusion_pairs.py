@@ -18,22 +18,22 @@ from torch import Tensor
 
 MAX_BLOCK = 1024  # classes a step
 MAX_LIST = 32  # keys a walk
-CHUNK = 16  # entries of the statistics compared with a block at a time
+CHUNK = 64  # entries of the statistics that are passed over at once if a block holds none of them
 NUM_WARPS = 4
 
 
 @triton.jit
-def _boost(scores, c, start, begin, end, total, classes, counts, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Multiply the scores of the classes that the statistics name in [start, start + BLOCK)."""
-    ratio = tl.zeros((BLOCK,), dtype=tl.float32)
+def _boost(scores, c, start, begin, end, share, classes, counts, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Multiply the scores of the classes in [start, start + BLOCK) that the statistics name, CHUNK entries a look."""
     for entry in range(begin, end, CHUNK):
         at = entry + tl.arange(0, CHUNK)
         named = tl.load(classes + at, mask=at < end, other=-1)
         here = (named >= start) & (named < start + BLOCK)
         if tl.max(here.to(tl.int32), axis=0) > 0:
-            count = tl.load(counts + at, mask=here, other=0.0)
-            ratio += tl.sum(tl.where(named[None, :] == c[:, None], (count / total)[None, :], 0.0), axis=1)
-    return scores * (1.0 + ratio)
+            for one in range(entry, tl.minimum(entry + CHUNK, end)):
+                boost = 1.0 + tl.load(counts + one) * share
+                scores = tl.where(c == tl.load(classes + one), scores * boost, scores)
+    return scores
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _pairs_kernel(
     inverse = 1.0 / tl.sum(sums, axis=0)
     begin = tl.zeros((), dtype=tl.int64)
     end = begin
-    total = 1.0
+    share = 0.0  # of one count
     if HAS_COUNTS:
         begin = tl.load(offsets + p)
         end = tl.load(offsets + p + 1)
@@ -89,7 +89,7 @@ def _pairs_kernel(
         for entry in range(begin, end, CHUNK):
             at = entry + tl.arange(0, CHUNK)
             total += tl.sum(tl.load(counts + at, mask=at < end, other=0.0), axis=0)
-        total = tl.maximum(total, 1.1754943508222875e-38)
+        share = 1.0 / tl.maximum(total, 1.1754943508222875e-38)
 
     limit = (tl.zeros((), dtype=tl.int64) + 0x7FFFFFFF) << 32  # above every key
     slot = tl.arange(0, LIST)
@@ -101,7 +101,7 @@ def _pairs_kernel(
             x = tl.load(row + c, mask=c < n_classes, other=none).to(tl.float32)
             s = tl.exp(x - shift) * inverse
             if HAS_COUNTS:
-                s = _boost(s, c, start, begin, end, total, classes, counts, BLOCK, CHUNK)
+                s = _boost(s, c, start, begin, end, share, classes, counts, BLOCK, CHUNK)
             s = tl.where(undefined, 0.0, s)
             key = (s.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0xFFFFFFFF - c)
             key = tl.where((c < n_classes) & (c != p) & (key < limit), key, -1)

@@ -17,8 +17,8 @@ from capt.kernels import confusion_pairs as kernels
 from capt.ops import _plan
 
 #: Classes of the problems. With these blocks a row spans several of them, and long lists several walks.
-SIZES = (2, 3, 7, 8, 9, 13)
-kernels.MAX_BLOCK, kernels.MAX_LIST, kernels.CHUNK = 8, 4, 4
+SIZES = (2, 3, 5, 8, 9)
+kernels.MAX_BLOCK, kernels.MAX_LIST, kernels.CHUNK = 8, 8, 8
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     complaints, n = [], 0
     for seed in range(500):
         batch = 1 if seed % 72 else 0
-        problem = parity.problem(seed, n_classes=SIZES[seed // 7 % len(SIZES)], batch=batch)
+        problem = parity.problem(seed, n_classes=SIZES[seed // 6 % len(SIZES)], batch=batch)
         (logits,) = problem.arguments
         # The interpreter computes with bfloat16 wrongly, and 16-bit values are exact in float32.
         if logits.dtype == torch.bfloat16:
