@@ -19,7 +19,7 @@ from torch import Tensor
 MAX_BLOCK = 1024  # classes a step
 MAX_LIST = 32  # keys a walk
 CHUNK = 64  # entries of the statistics that are passed over at once if a block holds none of them
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 @triton.jit
