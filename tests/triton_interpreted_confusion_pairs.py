@@ -15,6 +15,7 @@ from benchmarks.parity import confusion_pairs as parity
 from capt import ops
 from capt.kernels import confusion_pairs as kernels
 from capt.ops import _plan
+from tests.quick_interpreter import quicken
 
 #: Classes of the problems. With these blocks a row spans several of them, and long lists several walks.
 SIZES = (2, 3, 5, 8, 9)
@@ -24,6 +25,7 @@ kernels.MAX_BLOCK, kernels.MAX_LIST, kernels.CHUNK = 8, 8, 8
 def main() -> None:
     """Drive the whole op, its backend forced, with the Triton launcher registered for the CPU."""
     torch.set_num_threads(1)
+    quicken()
     torch.library.impl("capt_triton::confusion_pairs", "cpu", kernels.confusion_pairs)
     # A forced backend is checked against the device; the interpreter runs Triton on the CPU.
     place = _plan.Dispatch.obstacle
