@@ -118,8 +118,9 @@ def _check_arguments(
     if ranges is not None:
         check_tensor(OP, "ranges", ranges, (queries.shape[0], "P", "S", 2))
         check_integer(OP, ranges=ranges)
-        filled = ranges[ranges[..., 0] < ranges[..., 1]]
-        check_index_range(OP, "the bounds of ranges", filled, 0, rows.shape[0] + 1)
+        if ranges.device.type == "cpu":
+            empty = (ranges[..., 0] >= ranges[..., 1])[..., None]
+            check_index_range(OP, "the bounds of ranges", ranges.masked_fill(empty, 0), 0, rows.shape[0] + 1)
     check_integer(OP, row_ids=row_ids, exclude=exclude)
     check_same_device(OP, queries=queries, rows=rows, ranges=ranges, row_ids=row_ids, exclude=exclude)
 

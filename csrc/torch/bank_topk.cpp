@@ -19,6 +19,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunkBytes = 1 << 20;  // of rows, taken by a thread at a time
+constexpr int64_t kTaskBytes = 1 << 17;   // of rows and up to 16 queries: less is not worth a second thread
+constexpr int64_t kTaskKeys = 2048;       // of results, for the same reason
 constexpr int64_t kListBytes = 64 << 20;  // of running lists in one pass; fewer queries a pass when they are long
 constexpr int64_t kPieceRows = 4096;      // rows of one segment taken by a thread at a time
 constexpr int64_t kPanel = 32;            // rows and queries of one panel
@@ -107,8 +109,10 @@ void search_block(const CaptBankTopk& args, int level, int64_t first, int64_t co
   const Buffer packed(capt_bank_packed_bytes(&args, count));
   capt_bank_pack(&args, level, first, count, packed.get());
   const int64_t row_bytes = std::max<int64_t>(1, args.dim * (args.dtype == CAPT_FLOAT32 ? 4 : 2));
-  const int64_t fair = args.n_rows / 16;  // small banks are shared, too
-  const int64_t chunk = std::max<int64_t>(1, std::min(kChunkBytes / row_bytes, fair) / kPanel) * kPanel;
+  // Small banks are shared by the threads, too, unless a chunk would be done sooner than a thread wakes up.
+  const int64_t least = kTaskBytes / (row_bytes * std::max<int64_t>(1, count / 16));
+  const int64_t fair = std::clamp(args.n_rows / 16, least, std::max(least, kChunkBytes / row_bytes));
+  const int64_t chunk = std::max<int64_t>(1, fair / kPanel) * kPanel;
   const int64_t chunks = (args.n_rows + chunk - 1) / chunk;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
@@ -123,7 +127,7 @@ void search_block(const CaptBankTopk& args, int level, int64_t first, int64_t co
     const std::lock_guard<std::mutex> lock(mutex);
     parts.push_back(std::move(lists));
   });
-  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, 1 + kTaskKeys / args.k, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys;
     for (int64_t q = begin; q < end; ++q) {
       keys.clear();
@@ -214,9 +218,12 @@ std::tuple<Tensor, Tensor> bank_topk_ranges_cpu(const Tensor& given_queries, con
               pieces);
   const int level = capt_cpu_level();
   const int64_t n_pieces = static_cast<int64_t>(pieces.size());
+  int64_t n_candidates = 0;
+  for (const Interval& interval : intervals) n_candidates += interval.stop - interval.start;
+  const int64_t bytes = n_candidates * args.dim * (args.dtype == CAPT_FLOAT32 ? 4 : 2);
   std::vector<std::vector<uint64_t>> best(pieces.size());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, n_pieces, 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, n_pieces, 1 + n_pieces * kTaskBytes / (bytes + 1), [&](int64_t, int64_t) {
     const Buffer packed(capt_bank_packed_bytes(&args, 1)), scratch(capt_bank_scratch_bytes(&args));
     Lists lists(0, 1, k, std::min(kPieceRows, args.n_rows));
     int64_t query = -1;
@@ -239,7 +246,7 @@ std::tuple<Tensor, Tensor> bank_topk_ranges_cpu(const Tensor& given_queries, con
   std::vector<int64_t> bounds(static_cast<size_t>(n_segments) + 1);  // pieces of each segment
   for (const Piece& piece : pieces) ++bounds[static_cast<size_t>(piece.segment) + 1];
   for (size_t s = 1; s < bounds.size(); ++s) bounds[s] += bounds[s - 1];
-  torch::stable::parallel_for(0, n_segments, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n_segments, 1 + kTaskKeys / k, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys;
     for (int64_t s = begin; s < end; ++s) {
       keys.clear();
