@@ -40,7 +40,7 @@ int64_t padded(int64_t dim) { return (dim + 31) / 32 * 32; }
 }  // namespace
 
 extern "C" int64_t capt_bank_packed_bytes(const CaptBankTopk* args, int64_t count) {
-  return (count + 31) / 32 * 32 * padded(args->dim) * 4;
+  return ((count + 31) / 32 * 32 + 1) * padded(args->dim) * 4;  // one row more: scratch of packing
 }
 
 extern "C" int64_t capt_bank_scratch_bytes(const CaptBankTopk* args) { return 32 * padded(args->dim) * 4 + 8192; }

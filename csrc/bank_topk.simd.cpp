@@ -29,11 +29,9 @@ void pack(const CaptBankTopk& args, int64_t first, int64_t count, void* packed) 
   const T* queries = static_cast<const T*>(args.queries) + first * args.query_stride;
   const int64_t padded = padded_dim(args.dim);
   if (count > kFew<T>) {
-    uint32_t* words = static_cast<uint32_t*>(packed);
-    float* scratch = new float[padded];
-    pack_queries(queries, args.query_stride, count, args.dim, words, scratch);
-    delete[] scratch;
-    return;
+    // The last of the packed bytes hold one row.
+    float* scratch = static_cast<float*>(packed) + (count + kPanelQueries - 1) / kPanelQueries * kPanelQueries * padded;
+    return pack_queries(queries, args.query_stride, count, args.dim, static_cast<uint32_t*>(packed), scratch);
   }
   Row* target = static_cast<Row*>(packed);
   memset(packed, 0, (size_t)(kFew<T> * padded) * sizeof(Row));
