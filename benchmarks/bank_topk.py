@@ -78,7 +78,6 @@ def _whole(
         goals: dict[tuple[str, ...], float] = {("mm + topk",): 1.5 if k >= 100 else 1.2, BEST_FAISS_FLAT: 2.2}
         if few:
             goals = {BEST_OF_FEW: 1.3}
-        goals = {_present(names, functions): ratio for names, ratio in goals.items() if _present(names, functions)}
         return Comparison(
             functions,
             lambda: _disagreement(queries, rows, functions),
@@ -125,10 +124,6 @@ def _by_pair(
         )
 
     return build
-
-
-def _present(names: tuple[str, ...], functions: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in names if name in functions)
 
 
 def _disagreement(queries: Tensor, rows: Tensor, functions: dict[str, Callable[[], Any]]) -> str:
