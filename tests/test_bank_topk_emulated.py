@@ -1,0 +1,162 @@
+"""The CUDA kernels of bank_topk, compiled by g++ against the block emulation and executed on the CPU.
+
+Both the portable kernels and those for Hopper (TMA, WGMMA) run. What no emulation shows: data races, timing, and
+whether the bits of a tensor map or a matrix descriptor mean to the hardware what they mean here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.parity import Problem
+from benchmarks.parity import bank_topk as parity
+from capt import reference
+from tests.accuracy import DTYPES
+
+POINTERS = ("queries", "rows", "ranges", "row_ids", "exclude", "scores", "index", "workspace")
+SIZES = ("n_query", "n_rows", "dim", "n_pairs", "n_ranges", "k")
+AUTO, PORTABLE, HOPPER = 0, 1, 2
+
+
+class Args(ctypes.Structure):
+    """struct CaptBankTopkCuda of csrc/bank_topk_cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in SIZES),
+        *((name, ctypes.c_int32) for name in ("dtype", "path", "parts")),
+    ]
+
+
+def search(library, problem: Problem, path: int = AUTO, parts: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and row numbers by the emulated kernels; memory around the outputs and the workspace stays untouched."""
+    queries, rows = (value.contiguous() for value in problem.arguments)
+    options: dict[str, Any] = problem.options
+    k, ranges = options["k"], options.get("ranges")
+    shape = (*(ranges.shape[:2] if ranges is not None else queries.shape[:1]), k)
+    given = [queries, rows, ranges, options.get("row_ids"), options.get("exclude")]
+    given = [None if value is None else value.contiguous() for value in given]
+    guard = 8
+    count = torch.Size(shape).numel()
+    scores = torch.full((count + 2 * guard,), 7.0)
+    index = torch.full((count + 2 * guard,), 7, dtype=torch.int64)
+    args = Args(
+        *(None if value is None else value.data_ptr() for value in given),
+        scores[guard:].data_ptr(), index[guard:].data_ptr(), None,
+        *queries.shape[:1], *rows.shape, 1 if ranges is None else ranges.shape[1],
+        0 if ranges is None else ranges.shape[2], k, DTYPES.index(queries.dtype), path, parts,
+    )  # fmt: skip
+    library.capt_bank_topk_cuda_workspace.restype = ctypes.c_int64
+    size = library.capt_bank_topk_cuda_workspace(ctypes.byref(args))
+    workspace = torch.full((size + 16,), 0x5A, dtype=torch.uint8)
+    args.workspace = workspace.data_ptr()
+    assert library.capt_bank_topk_cuda(ctypes.byref(args), None) == 0
+    assert (workspace[size:] == 0x5A).all()
+    for value in (scores, index):
+        assert (value[:guard] == 7).all() and (value[count + guard :] == 7).all()
+    return scores[guard : count + guard].reshape(shape), index[guard : count + guard].reshape(shape)
+
+
+def wrong(library, seeds: range, path: int) -> list[str]:
+    """Complaints about the seeded problems; the number of parts follows the seed."""
+    found = []
+    for seed in seeds:
+        problem = parity.problem(seed)
+        found.append(parity.complaint(problem, search(library, problem, path, parts=seed % 4)))
+    return [complaint for complaint in found if complaint]
+
+
+@pytest.mark.parametrize("path", [PORTABLE, HOPPER])
+def test_seeded_problems(emulated, path):
+    assert wrong(emulated, range(500), path) == []
+
+
+def integers(n_query: int, n_rows: int, dim: int, dtype: torch.dtype, **options: Any) -> Problem:
+    """Small integers: products are exact in every precision, and many scores tie."""
+    queries = torch.randint(-2, 3, (n_query, dim)).to(dtype)
+    rows = torch.randint(-2, 3, (n_rows, dim)).to(dtype)
+    return Problem("integers", (queries, rows), options, exact=True)
+
+
+def assert_exact(library, problem: Problem, path: int, parts: int = 0) -> None:
+    """Bitwise the reference."""
+    want = reference.bank_topk(*problem.arguments, **problem.options)
+    for found, expected in zip(search(library, problem, path, parts), want, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("path", [PORTABLE, HOPPER])
+@pytest.mark.parametrize("n_query", [7, 70, 300])  # the three query tiles of the Hopper kernel
+def test_long_lists_and_many_tiles(emulated, path, n_query):
+    """Lists beyond one fold, several tiles and parts, queries beyond one tile."""
+    problem = integers(n_query, 700 if n_query < 300 else 140, 72, torch.bfloat16, k=150 if n_query == 7 else 3)
+    assert_exact(emulated, problem, path)
+    if n_query == 7:
+        assert_exact(emulated, problem, path, parts=5)
+
+
+@pytest.mark.parametrize("path", [PORTABLE, HOPPER])
+def test_every_score_equal_and_rising(emulated, path):
+    """The worst orders for a threshold: all scores tie, and every row beats all before it."""
+    queries = torch.ones(2, 8)
+    for rows in (torch.ones(300, 8), torch.arange(250.0)[:, None] * torch.eye(8)[0]):
+        for parts in (1, 2):
+            problem = Problem("", (queries.half(), rows.half()), {"k": 40}, exact=True)
+            assert_exact(emulated, problem, path, parts)
+
+
+def test_k_has_no_limit(emulated):
+    assert_exact(emulated, integers(2, 1300, 3, torch.float32, k=1200), PORTABLE, parts=2)
+    ranges = torch.tensor([[[[0, 800], [700, 1300]]]])
+    assert_exact(emulated, integers(1, 1300, 3, torch.float32, k=1500, ranges=ranges), PORTABLE, parts=8)
+
+
+def test_only_the_rows_of_the_ranges_are_read(emulated):
+    """A NaN outside would be skipped anyway, so the rows outside are not in memory at all: only their addresses are."""
+    rows = torch.randint(-2, 3, (40, 16)).float()
+    ranges = torch.tensor([[[[100, 120], [110, 140]]]])
+    found = search(emulated, Problem("", (torch.ones(1, 16), rows), {"k": 5, "ranges": ranges - 100}), PORTABLE, 2)
+    shifted = Problem("", (torch.ones(1, 16), _pretend(rows, 100, 1 << 31)), {"k": 5, "ranges": ranges})
+    far = search(emulated, shifted, PORTABLE, 2)
+    assert torch.equal(far[0], found[0]) and torch.equal(far[1], found[1] + 100)
+
+
+def _pretend(rows: torch.Tensor, before: int, total: int) -> Any:
+    """A bank of `total` rows of which only those from `before` on exist."""
+
+    class Bank:
+        shape = (total, rows.shape[1])
+
+        def contiguous(self) -> Bank:
+            return self
+
+        def data_ptr(self) -> int:
+            return rows.data_ptr() - before * rows.shape[1] * rows.element_size()
+
+    return Bank()
+
+
+@pytest.mark.parametrize("path", [PORTABLE, HOPPER])
+def test_repeats_and_parts_give_the_same_bits(emulated, path):
+    problem = Problem("", (torch.randn(5, 64).half(), torch.randn(300, 64).half()), {"k": 9})
+    first = search(emulated, problem, path, parts=1)
+    for i in range(100):
+        again = search(emulated, problem, path, parts=1 + i % 3)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_workspace_is_bounded(emulated):
+    emulated.capt_bank_topk_cuda_workspace.restype = ctypes.c_int64
+    for n_query, n_rows, k in (
+        (1, 1, 1),
+        (16, 10**6, 100),
+        (4096, 10**7, 1024),
+        (10**6, 10**9, 2048),
+        (1, 10**9, 10**8),
+    ):
+        args = Args(*[None] * 8, n_query, n_rows, 512, 1, 0, k, 2, AUTO, 0)
+        assert 0 <= emulated.capt_bank_topk_cuda_workspace(ctypes.byref(args)) <= 64 << 20
