@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(bank::kThreads, 2) bank_topk_kernel(Task task,
     }
   }
   __syncthreads();
-  bank::finish(task, block, share);
+  bank::finish(task, block, share, [] { __syncthreads(); });
 }
 
 // ---- ranges -----------------------------------------------------------------------------------------------------
@@ -409,6 +409,7 @@ Layout layout_of(const CaptBankTopkCuda& args) {
     // A bank that fits the L2 cache is cheap to read again, and small query tiles merge on more blocks.
     const bool cached = args.n_rows * args.dim * element_bytes(args) <= (int64_t{16} << 20) && args.n_query <= 256;
     layout.queries = args.n_query <= 16 || cached ? 16 : args.n_query <= 64 || !layout.hopper ? 64 : 256;
+    if (args.tile > 0) layout.queries = args.tile;
     const int64_t resident = processors * (layout.hopper && layout.queries > 16 ? 1 : 2);
     layout.parts =
         whole_bank_parts(divide_up(args.n_query, layout.queries), divide_up(args.n_rows, kTileRows), resident, most);

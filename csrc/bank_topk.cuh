@@ -185,37 +185,37 @@ __device__ __forceinline__ void select(const Task& task, const Block<kQueries>& 
   }
 }
 
-// After the last tile and a barrier, by all threads of the block: the last keys, and the results if this is the only
-// part or the last one to arrive.
-template <int kQueries>
-__device__ __forceinline__ void finish(const Task& task, const Block<kQueries>& block, const Share& share) {
+// After the last tile, by the same threads: the last keys, and the results if this is the only part or the last one to
+// arrive.
+template <int kQueries, typename Barrier>
+__device__ __forceinline__ void finish(const Task& task, const Block<kQueries>& block, const Share& share,
+                                       Barrier barrier) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int k = static_cast<int>(task.args.k);
-  if (warp < kWarps) fold_buffers(task, block, share, 1);
+  fold_buffers(task, block, share, 1);
   if (task.parts > 1) {
-    for (int q = warp; q < share.queries && warp < kWarps; q += kWarps) {
+    for (int q = warp; q < share.queries; q += kWarps) {
       if (lane == 0) task.lengths[(share.first_query + q) * task.parts + blockIdx.y] = block.length[q];
     }
     __threadfence();
-    __syncthreads();
+    barrier();
     if (threadIdx.x == 0) {
       block.wanted[0] = atomicAdd(task.arrived + blockIdx.x, 1u) + 1 == static_cast<unsigned>(task.parts);
     }
-    __syncthreads();
+    barrier();
     if (block.wanted[0] == 0) return;
     __threadfence();
   }
-  if (warp >= kWarps) return;
-  for (int64_t q = warp; q < share.queries; q += kWarps) {
-    const int64_t index = share.first_query + q;
-    topk::List list{reinterpret_cast<Key*>(task.args.index) + index * k, 0, 0};
+  for (int q = warp; q < share.queries; q += kWarps) {
+    const int64_t number = share.first_query + q;
+    topk::List list{reinterpret_cast<Key*>(task.args.index) + number * k, 0, 0};
     if (task.parts > 1) {
-      topk::merge_parts(list, k, task.keys + index * task.parts * k, task.lengths + index * task.parts, task.parts,
-                        topk::load_l2(task.threshold + index), block.buffer + q * topk::kBuffered, lane);
+      topk::merge_parts(list, k, task.keys + number * task.parts * k, task.lengths + number * task.parts, task.parts,
+                        topk::load_l2(task.threshold + number), block.buffer + q * topk::kBuffered, lane);
     } else {
       list.length = block.length[q];
     }
-    topk::write_out(list, k, task.args.scores + index * k, task.args.index + index * k, lane);
+    topk::write_out(list, k, task.args.scores + number * k, task.args.index + number * k, lane);
   }
 }
 

@@ -24,8 +24,10 @@ struct CaptBankTopkCuda {
   void* workspace;         // capt_bank_topk_cuda_workspace(args) bytes, 16-byte aligned, any contents
   int64_t n_query, n_rows, dim, n_pairs, n_ranges, k;  // n_pairs is 1 without ranges; k < 2^31 - 64
   int32_t dtype;
-  int32_t path;   // enum CaptBankTopkPath; not used with ranges
-  int32_t parts;  // lists a query's rows are split over, 0: chosen for the device (tests set it)
+  int32_t path;  // enum CaptBankTopkPath; not used with ranges
+  // 0: chosen for the device and the sizes; tests set them.
+  int32_t parts;  // lists a query's rows are split over
+  int32_t tile;   // queries of a block: 16, 64 or, on the Hopper path, 256
 };
 
 // Bytes of workspace, at most 64 MiB when parts is 0.

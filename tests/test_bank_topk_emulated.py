@@ -28,11 +28,13 @@ class Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in SIZES),
-        *((name, ctypes.c_int32) for name in ("dtype", "path", "parts")),
+        *((name, ctypes.c_int32) for name in ("dtype", "path", "parts", "tile")),
     ]
 
 
-def search(library, problem: Problem, path: int = AUTO, parts: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def search(
+    library, problem: Problem, path: int = AUTO, parts: int = 0, tile: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and row numbers by the emulated kernels; memory around the outputs and the workspace stays untouched."""
     queries, rows = (value.contiguous() for value in problem.arguments)
     options: dict[str, Any] = problem.options
@@ -48,7 +50,7 @@ def search(library, problem: Problem, path: int = AUTO, parts: int = 0) -> tuple
         *(None if value is None else value.data_ptr() for value in given),
         scores[guard:].data_ptr(), index[guard:].data_ptr(), None,
         *queries.shape[:1], *rows.shape, 1 if ranges is None else ranges.shape[1],
-        0 if ranges is None else ranges.shape[2], k, DTYPES.index(queries.dtype), path, parts,
+        0 if ranges is None else ranges.shape[2], k, DTYPES.index(queries.dtype), path, parts, tile,
     )  # fmt: skip
     library.capt_bank_topk_cuda_workspace.restype = ctypes.c_int64
     size = library.capt_bank_topk_cuda_workspace(ctypes.byref(args))
@@ -82,21 +84,33 @@ def integers(n_query: int, n_rows: int, dim: int, dtype: torch.dtype, **options:
     return Problem("integers", (queries, rows), options, exact=True)
 
 
-def assert_exact(library, problem: Problem, path: int, parts: int = 0) -> None:
+def assert_exact(library, problem: Problem, path: int, parts: int = 0, tile: int = 0) -> None:
     """Bitwise the reference."""
     want = reference.bank_topk(*problem.arguments, **problem.options)
-    for found, expected in zip(search(library, problem, path, parts), want, strict=True):
+    for found, expected in zip(search(library, problem, path, parts, tile), want, strict=True):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("path", "tile"), [(PORTABLE, 16), (PORTABLE, 64), (HOPPER, 16), (HOPPER, 64), (HOPPER, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_query_tile(emulated, path, tile, dtype):
+    """Queries beyond one tile, several row tiles and parts, more slices than one, a short last slice."""
+    if dtype == torch.float32 and path == HOPPER:
+        path, tile = PORTABLE, 64
+    problem = integers(tile + 5, 300, 72, dtype, k=3)
+    assert_exact(emulated, problem, path, parts=2, tile=tile)
+
+
 @pytest.mark.parametrize("path", [PORTABLE, HOPPER])
-@pytest.mark.parametrize("n_query", [7, 70, 300])  # the three query tiles of the Hopper kernel
-def test_long_lists_and_many_tiles(emulated, path, n_query):
-    """Lists beyond one fold, several tiles and parts, queries beyond one tile."""
-    problem = integers(n_query, 700 if n_query < 300 else 140, 72, torch.bfloat16, k=150 if n_query == 7 else 3)
-    assert_exact(emulated, problem, path)
-    if n_query == 7:
-        assert_exact(emulated, problem, path, parts=5)
+def test_lists_longer_than_a_fold(emulated, path):
+    problem = integers(7, 700, 40, torch.bfloat16, k=150)
+    for parts in (1, 5):
+        assert_exact(emulated, problem, path, parts)
+
+
+def test_more_slices_than_stages(emulated):
+    for path, dtype in ((PORTABLE, torch.float32), (PORTABLE, torch.float16), (HOPPER, torch.float16)):
+        assert_exact(emulated, integers(3, 140, 520, dtype, k=4), path, parts=1)
 
 
 @pytest.mark.parametrize("path", [PORTABLE, HOPPER])
@@ -158,5 +172,5 @@ def test_workspace_is_bounded(emulated):
         (10**6, 10**9, 2048),
         (1, 10**9, 10**8),
     ):
-        args = Args(*[None] * 8, n_query, n_rows, 512, 1, 0, k, 2, AUTO, 0)
+        args = Args(*[None] * 8, n_query, n_rows, 512, 1, 0, k, 2, AUTO, 0, 0)
         assert 0 <= emulated.capt_bank_topk_cuda_workspace(ctypes.byref(args)) <= 64 << 20

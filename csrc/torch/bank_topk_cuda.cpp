@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor> search(const Tensor& given_queries, const Tensor& giv
                         k,
                         dtype_code(queries, "capt::bank_topk: queries"),
                         CAPT_BANK_TOPK_AUTO,
+                        0,
                         0};
   // Without a single range every list is empty; a null pointer would mean the whole bank.
   static const int64_t nothing[2] = {0, 0};
