@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(kLanes* kRangeWarps, 2) bank_topk_ranges_kerne
 
 constexpr int64_t kBudget = int64_t{64} << 20;  // bytes of workspace
 constexpr int64_t kMostParts = 1024;
+constexpr int kNotSupported = 801;  // cudaErrorNotSupported
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -458,6 +459,7 @@ extern "C" int64_t capt_bank_topk_cuda_workspace(const CaptBankTopkCuda* args) {
 extern "C" int capt_bank_topk_cuda(const CaptBankTopkCuda* args, void* stream) {
   const Layout layout = layout_of(*args);
   if (layout.lists == 0) return 0;
+  if (args->path == CAPT_BANK_TOPK_HOPPER && !layout.hopper) return kNotSupported;
   Task task{*args, static_cast<int>(layout.parts), nullptr, nullptr, nullptr, nullptr};
   if (layout.parts > 1) {
     auto* memory = static_cast<unsigned char*>(args->workspace);

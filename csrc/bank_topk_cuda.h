@@ -8,7 +8,8 @@ extern "C" {
 #endif
 
 // Which kernel scans the whole bank. AUTO takes HOPPER where it can run (compute capability 9.0, 16-bit values, dim a
-// multiple of 8, 16-byte aligned tensors, fewer than 2^31 rows), otherwise PORTABLE.
+// multiple of 8, 16-byte aligned tensors, fewer than 2^31 rows), otherwise PORTABLE; HOPPER is an error where it
+// cannot.
 enum CaptBankTopkPath { CAPT_BANK_TOPK_AUTO = 0, CAPT_BANK_TOPK_PORTABLE = 1, CAPT_BANK_TOPK_HOPPER = 2 };
 
 // The k rows with the largest inner product for each query, over the whole bank or, with ranges, over the union of the
@@ -24,7 +25,7 @@ struct CaptBankTopkCuda {
   void* workspace;         // capt_bank_topk_cuda_workspace(args) bytes, 16-byte aligned, any contents
   int64_t n_query, n_rows, dim, n_pairs, n_ranges, k;  // n_pairs is 1 without ranges; k < 2^31 - 64
   int32_t dtype;
-  int32_t path;  // enum CaptBankTopkPath; not used with ranges
+  int32_t path;  // enum CaptBankTopkPath; PORTABLE or AUTO with ranges
   // 0: chosen for the device and the sizes; tests set them.
   int32_t parts;  // lists a query's rows are split over
   int32_t tile;   // queries of a block: 16, 64 or, on the Hopper path, 256

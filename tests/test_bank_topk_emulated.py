@@ -7,6 +7,10 @@ whether the bits of a tensor map or a matrix descriptor mean to the hardware wha
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from benchmarks.parity import Problem
 from benchmarks.parity import bank_topk as parity
 from capt import reference
 from tests.accuracy import DTYPES
+from tests.native_build import CSRC, run
 
 POINTERS = ("queries", "rows", "ranges", "row_ids", "exclude", "scores", "index", "workspace")
 SIZES = ("n_query", "n_rows", "dim", "n_pairs", "n_ranges", "k")
@@ -63,18 +68,30 @@ def search(
     return scores[guard : count + guard].reshape(shape), index[guard : count + guard].reshape(shape)
 
 
-def wrong(library, seeds: range, path: int) -> list[str]:
-    """Complaints about the seeded problems; the number of parts follows the seed."""
-    found = []
-    for seed in seeds:
-        problem = parity.problem(seed)
-        found.append(parity.complaint(problem, search(library, problem, path, parts=seed % 4)))
+def wrong(library, problems: Iterable[Problem], path: int) -> list[str]:
+    """Complaints about problems, each with another number of parts."""
+    found = [
+        parity.complaint(problem, search(library, problem, path, parts=i % 4)) for i, problem in enumerate(problems)
+    ]
     return [complaint for complaint in found if complaint]
 
 
-@pytest.mark.parametrize("path", [PORTABLE, HOPPER])
-def test_seeded_problems(emulated, path):
-    assert wrong(emulated, range(500), path) == []
+def for_hopper(problem: Problem) -> bool:
+    """16-bit values, lines of whole and aligned 16 bytes, the whole bank."""
+    queries, rows = problem.arguments
+    fits = queries.dtype != torch.float32 and queries.shape[1] % 8 == 0 and "ranges" not in problem.options
+    aligned = all(value.contiguous().data_ptr() % 16 == 0 for value in problem.arguments)
+    return fits and aligned and min(len(queries), len(rows)) > 0
+
+
+def test_seeded_problems(emulated):
+    assert wrong(emulated, map(parity.problem, range(500)), PORTABLE) == []
+
+
+def test_seeded_problems_of_the_hopper_kernel(emulated):
+    problems = [problem for problem in map(parity.problem, range(2500)) if for_hopper(problem)]
+    assert len(problems) > 250
+    assert wrong(emulated, problems, HOPPER) == []
 
 
 def integers(n_query: int, n_rows: int, dim: int, dtype: torch.dtype, **options: Any) -> Problem:
@@ -96,7 +113,7 @@ def assert_exact(library, problem: Problem, path: int, parts: int = 0, tile: int
 def test_every_query_tile(emulated, path, tile, dtype):
     """Queries beyond one tile, several row tiles and parts, more slices than one, a short last slice."""
     if dtype == torch.float32 and path == HOPPER:
-        path, tile = PORTABLE, 64
+        path, tile = PORTABLE, min(tile, 64)
     problem = integers(tile + 5, 300, 72, dtype, k=3)
     assert_exact(emulated, problem, path, parts=2, tile=tile)
 
@@ -130,13 +147,13 @@ def test_k_has_no_limit(emulated):
 
 
 def test_only_the_rows_of_the_ranges_are_read(emulated):
-    """A NaN outside would be skipped anyway, so the rows outside are not in memory at all: only their addresses are."""
-    rows = torch.randint(-2, 3, (40, 16)).float()
-    ranges = torch.tensor([[[[100, 120], [110, 140]]]])
-    found = search(emulated, Problem("", (torch.ones(1, 16), rows), {"k": 5, "ranges": ranges - 100}), PORTABLE, 2)
-    shifted = Problem("", (torch.ones(1, 16), _pretend(rows, 100, 1 << 31)), {"k": 5, "ranges": ranges})
-    far = search(emulated, shifted, PORTABLE, 2)
-    assert torch.equal(far[0], found[0]) and torch.equal(far[1], found[1] + 100)
+    """Offsets beyond 2^32 elements; the rows outside the ranges are not in memory at all, only their addresses are."""
+    rows, before = torch.randint(-2, 3, (40, 16)).float(), 1 << 28
+    ranges = torch.tensor([[[[0, 20], [10, 40]]]])
+    near = search(emulated, Problem("", (torch.ones(1, 16), rows), {"k": 5, "ranges": ranges}), PORTABLE, 2)
+    bank = _pretend(rows, before, 1 << 31)
+    far = search(emulated, Problem("", (torch.ones(1, 16), bank), {"k": 5, "ranges": ranges + before}), PORTABLE, 2)
+    assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1] + before)
 
 
 def _pretend(rows: torch.Tensor, before: int, total: int) -> Any:
@@ -174,3 +191,25 @@ def test_workspace_is_bounded(emulated):
     ):
         args = Args(*[None] * 8, n_query, n_rows, 512, 1, 0, k, 2, AUTO, 0, 0)
         assert 0 <= emulated.capt_bank_topk_cuda_workspace(ctypes.byref(args)) <= 64 << 20
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory) -> Path:
+    """tests/native/bank_topk_check.cpp and the kernels, under the address and undefined-behaviour sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    program = folder / "bank_topk_check"
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O0", *sanitize, f"-I{CSRC}", "-Wno-unknown-pragmas", "-x", "c++"]
+    check = Path(__file__).with_name("native") / "bank_topk_check.cpp"
+    kernels = [CSRC / "bank_topk.cu", CSRC / "bank_topk_hopper.cu"]
+    run([shutil.which("g++") or "c++", *flags, check, *kernels, "-o", program])
+    return program
+
+
+def test_kernels_are_clean_under_sanitizers(sanitized):
+    assert "bank_topk: 24 cases" in run([sanitized]).stdout
+
+
+def test_a_bank_that_is_too_short_would_be_caught(sanitized):
+    done = subprocess.run([sanitized, "overrun"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
