@@ -11,7 +11,7 @@
 // share one threshold per query, raised by atomicMax; see common/topk_lists.cuh for why the result does not depend on
 // who comes first. Blocks of neighbouring query tiles read the same rows at the same time, out of L2.
 //
-// HBM traffic, compulsory: N * D elements of the bank, once. Limits: any N < 2^32 - 1, D, k, Q; 64-bit offsets.
+// HBM traffic, compulsory: N * D elements of the bank, once. Limits: any N < 2^32, D, k, Q; 64-bit offsets.
 // With ranges a warp takes rows one by one (each row serves one query, so there is no matrix product to be had).
 
 #include "bank_topk.cuh"

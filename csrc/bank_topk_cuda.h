@@ -16,7 +16,7 @@ enum CaptBankTopkPath { CAPT_BANK_TOPK_AUTO = 0, CAPT_BANK_TOPK_PORTABLE = 1, CA
 // ranges of each pair. Descending; equal scores: lower row first; NaN and -inf never; shorter lists end in -inf, -1.
 struct CaptBankTopkCuda {
   const void* queries;     // [n_query, dim] of dtype, contiguous
-  const void* rows;        // [n_rows, dim] of dtype, contiguous; n_rows < 2^32 - 1
+  const void* rows;        // [n_rows, dim] of dtype, contiguous; n_rows < 2^32
   const int64_t* ranges;   // [n_query, n_pairs, n_ranges, 2] (start, stop), contiguous, or null: the whole bank
   const int64_t* row_ids;  // [n_rows], or null
   const int64_t* exclude;  // [n_query], or null: rows with this id are left out, a negative id leaves out none

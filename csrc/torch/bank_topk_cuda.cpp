@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> search(const Tensor& given_queries, const Tensor& giv
   STD_TORCH_CHECK(given_queries.scalar_type() == given_rows.scalar_type() && given_rows.is_cuda() &&
                       given_rows.get_device_index() == given_queries.get_device_index(),
                   "capt::bank_topk: rows must have the dtype and the device of queries");
-  STD_TORCH_CHECK(given_rows.size(0) < 0xFFFFFFFFLL, "capt::bank_topk: rows has ", given_rows.size(0),
-                  " entries, at most 4294967294 are supported");
+  STD_TORCH_CHECK(given_rows.size(0) <= 0xFFFFFFFFLL, "capt::bank_topk: rows has ", given_rows.size(0),
+                  " entries, at most 4294967295 are supported");
   STD_TORCH_CHECK(k > 0 && k < 0x7FFFFFBFLL, "capt::bank_topk: k is ", k, ", expected 1 to 2147483582");
   STD_TORCH_CHECK(given_ids.has_value() == given_exclude.has_value(),
                   "capt::bank_topk: row_ids and exclude belong together");
