@@ -23,6 +23,8 @@ constexpr Router kRouter[CAPT_LEVELS] = CAPT_EVERY_LEVEL(capt_expert_router);
 constexpr RouterBack kRouterBack[CAPT_LEVELS] = CAPT_EVERY_LEVEL(capt_expert_router_back);
 constexpr Mix kMix[CAPT_LEVELS] = CAPT_EVERY_LEVEL(capt_expert_mix);
 
+constexpr int64_t kChunk = CAPT_EXPERT_CHUNK;
+
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 }  // namespace
@@ -68,7 +70,7 @@ extern "C" void capt_expert_mix_route(const CaptExpertMix* args, CaptExpertChunk
 }
 
 extern "C" int64_t capt_expert_mix_lanes(const CaptExpertMix* args) {
-  const int64_t tokens = args->n_tokens < CAPT_EXPERT_CHUNK ? args->n_tokens : CAPT_EXPERT_CHUNK;
+  const int64_t tokens = args->n_tokens < kChunk ? args->n_tokens : kChunk;
   return args->n_experts * blocks(tokens, CAPT_EXPERT_LANES) * CAPT_EXPERT_LANES;
 }
 

@@ -59,6 +59,8 @@ struct CaptExpertMix {
 
 // Tokens that share one pass over the weights; lanes of an expert are padded to a multiple of CAPT_EXPERT_LANES.
 enum { CAPT_EXPERT_CHUNK = 256, CAPT_EXPERT_LANES = 16, CAPT_EXPERT_ROWS = 32, CAPT_ROUTER_ROWS = 64 };
+// The router keeps the values of a few tokens on the stack.
+enum { CAPT_ROUTER_EXPERTS = 512 };
 
 // The routing of one chunk of tokens, and its scratch. A lane is a (token, expert) pair with a weight other than 0.
 struct CaptExpertChunk {

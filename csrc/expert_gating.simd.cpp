@@ -44,10 +44,18 @@ inline Vector exponential(Vector x) {
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// Sum of the lanes, by halves.
 inline float total(Vector value) {
-  float sum = 0.0f;
-  for (int i = 0; i < kWidth; ++i) sum += value[i];
-  return sum;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float part[kWidth];
+  store(part, value);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  }
+  return part[0];
+#endif
 }
 
 inline Words mix32(Words v) {
@@ -73,14 +81,17 @@ inline void store_upto(T* target, Vector value, int64_t count) {
 
 // ---- router ------------------------------------------------------------------------------------------------------
 
+// out [expert][kWidth], one lane a token.
 template <int kTokens, int kExperts, typename T>
 void logits_tile(const CaptExpertRouter& args, const T* x, const float* gate, float* out) {
   Vector sum[kTokens][kExperts] = {};
   int64_t k = 0;
   for (; k + kWidth <= args.dim; k += kWidth) {
+    Vector weight[kExperts];
+    for (int e = 0; e < kExperts; ++e) weight[e] = load(gate + e * args.dim + k);
     for (int t = 0; t < kTokens; ++t) {
       const Vector value = load(x + t * args.dim + k);
-      for (int e = 0; e < kExperts; ++e) sum[t][e] += value * load(gate + e * args.dim + k);
+      for (int e = 0; e < kExperts; ++e) sum[t][e] += value * weight[e];
     }
   }
   if (k < args.dim) {
@@ -90,54 +101,62 @@ void logits_tile(const CaptExpertRouter& args, const T* x, const float* gate, fl
       for (int e = 0; e < kExperts; ++e) sum[t][e] += value * load_some(gate + e * args.dim + k, count);
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int e = 0; e < kExperts; ++e) out[t * args.n_experts + e] = total(sum[t][e]);
+  for (int e = 0; e < kExperts; ++e) {
+    for (int t = 0; t < kTokens; ++t) out[e * kWidth + t] = total(sum[t][e]);
   }
 }
 
 template <int kTokens, typename T>
 void logits(const CaptExpertRouter& args, const T* x, float* out) {
   int64_t e = 0;
-  for (; e + 4 <= args.n_experts; e += 4) logits_tile<kTokens, 4>(args, x, args.gate + e * args.dim, out + e);
+  for (; e + 4 <= args.n_experts; e += 4) logits_tile<kTokens, 4>(args, x, args.gate + e * args.dim, out + e * kWidth);
   const float* gate = args.gate + e * args.dim;
   switch (args.n_experts - e) {
     case 1:
-      return logits_tile<kTokens, 1>(args, x, gate, out + e);
+      return logits_tile<kTokens, 1>(args, x, gate, out + e * kWidth);
     case 2:
-      return logits_tile<kTokens, 2>(args, x, gate, out + e);
+      return logits_tile<kTokens, 2>(args, x, gate, out + e * kWidth);
     case 3:
-      return logits_tile<kTokens, 3>(args, x, gate, out + e);
+      return logits_tile<kTokens, 3>(args, x, gate, out + e * kWidth);
   }
 }
 
-// Marks the top_k largest of a row in `weights`, divides them by their sum; NaN spreads over the whole row.
-inline void select(const CaptExpertRouter& args, const float* probs, float* weights, int64_t* used) {
+// Softmax and selection of kWidth tokens, one a lane. In a row of NaN nothing is larger, nothing is kept, and 0 / 0
+// makes all its weights NaN.
+void select_lanes(const CaptExpertRouter& args, float* probs, float* weights) {
   const int64_t n = args.n_experts;
-  for (int64_t e = 0; e < n; ++e) weights[e] = 0.0f;
-  uint64_t taken = 0;  // of the first 64 experts; beyond them the rank is counted
-  float sum = 0.0f;
-  if (n <= 64) {
-    for (int64_t k = 0; k < args.top_k; ++k) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < n; ++e) {
-        if (!(taken >> e & 1) && (best < 0 || probs[e] > probs[best])) best = e;
-      }
-      taken |= (uint64_t)1 << best;
-      weights[best] = 1.0f;
-    }
-  } else {
+  Vector largest = load(probs), sum = {}, kept = {};
+  for (int64_t e = 1; e < n; ++e) {
+    const Vector value = load(probs + e * kWidth);
+    largest = where(value > largest, value, largest);
+  }
+  for (int64_t e = 0; e < n; ++e) {
+    const Vector value = exponential(load(probs + e * kWidth) - largest);
+    store(probs + e * kWidth, value);
+    sum += value;
+  }
+  for (int64_t e = 0; e < n; ++e) {
+    store(probs + e * kWidth, load(probs + e * kWidth) / sum);
+    store(weights + e * kWidth, Vector{});
+  }
+  for (int64_t k = 0; k < args.top_k; ++k) {
+    Vector best = splat(-1.0f);
+    Mask index = (Mask)Vector{} - 1;
     for (int64_t e = 0; e < n; ++e) {
-      int64_t rank = 0;
-      for (int64_t other = 0; other < n; ++other) {
-        rank += probs[other] > probs[e] || (probs[other] == probs[e] && other < e);
-      }
-      if (rank < args.top_k) weights[e] = 1.0f;
+      const Vector value = load(probs + e * kWidth);
+      const Mask better = (value > best) & (load(weights + e * kWidth) == Vector{});
+      best = where(better, value, best);
+      index = (((Mask)Vector{} + (int32_t)e) & better) | (index & ~better);
+    }
+    kept += where(best >= Vector{}, best, Vector{});
+    for (int64_t e = 0; e < n; ++e) {  // 1 marks the kept ones until they are divided
+      const Vector mark = where(index == (int32_t)e, splat(1.0f), load(weights + e * kWidth));
+      store(weights + e * kWidth, mark);
     }
   }
-  for (int64_t e = 0; e < n; ++e) sum += weights[e] * probs[e];
   for (int64_t e = 0; e < n; ++e) {
-    weights[e] = weights[e] * probs[e] / sum;
-    used[e] += weights[e] > 0.0f;
+    const Vector value = where(load(weights + e * kWidth) > Vector{}, load(probs + e * kWidth), Vector{});
+    store(weights + e * kWidth, value / kept);
   }
 }
 
@@ -145,32 +164,27 @@ inline void select(const CaptExpertRouter& args, const float* probs, float* weig
 template <typename T>
 void router_task(const CaptExpertRouter& args, int64_t task) {
   const int64_t n = args.n_experts, first = task * CAPT_ROUTER_ROWS;
-  const int64_t count = smaller(CAPT_ROUTER_ROWS, args.n_tokens - first);
-  const T* x = static_cast<const T*>(args.x) + first * args.dim;
-  float* probs = args.probs + first * n;
-  int64_t t = 0;
-  for (; t + 4 <= count; t += 4) logits<4>(args, x + t * args.dim, probs + t * n);
-  for (; t < count; ++t) logits<1>(args, x + t * args.dim, probs + t * n);
-  for (t = 0; t < count; ++t) {
-    float* row = probs + t * n;
-    float largest = row[0];
-    for (int64_t e = 1; e < n; ++e) largest = row[e] > largest ? row[e] : largest;
-    for (int64_t e = 0; e < n; ++e) row[e] -= largest;
-  }
-  int64_t i = 0;
-  for (; i + kWidth <= count * n; i += kWidth) store(probs + i, exponential(load(probs + i)));
-  if (i < count * n) {
-    const int rest = (int)(count * n - i);
-    store_some(probs + i, exponential(load_some(probs + i, rest)), rest);
-  }
+  const int64_t last = smaller(first + CAPT_ROUTER_ROWS, args.n_tokens);
+  alignas(64) float probs[CAPT_ROUTER_EXPERTS * kWidth], weights[CAPT_ROUTER_EXPERTS * kWidth];
   int64_t* used = args.used + task * n;
   for (int64_t e = 0; e < n; ++e) used[e] = 0;
-  for (t = 0; t < count; ++t) {
-    float* row = probs + t * n;
-    float sum = 0.0f;
-    for (int64_t e = 0; e < n; ++e) sum += row[e];
-    for (int64_t e = 0; e < n; ++e) row[e] /= sum;
-    select(args, row, args.weights + (first + t) * n, used);
+  for (int64_t token = first; token < last; token += kWidth) {
+    const T* x = static_cast<const T*>(args.x) + token * args.dim;
+    const int64_t count = smaller(kWidth, last - token);
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) logits<4>(args, x + t * args.dim, probs + t);
+    for (; t < count; ++t) logits<1>(args, x + t * args.dim, probs + t);
+    for (; t < kWidth; ++t) {
+      for (int64_t e = 0; e < n; ++e) probs[e * kWidth + t] = 0.0f;
+    }
+    select_lanes(args, probs, weights);
+    for (t = 0; t < count; ++t) {
+      for (int64_t e = 0; e < n; ++e) {
+        args.probs[(token + t) * n + e] = probs[e * kWidth + t];
+        args.weights[(token + t) * n + e] = weights[e * kWidth + t];
+        used[e] += weights[e * kWidth + t] > 0.0f;
+      }
+    }
   }
 }
 
@@ -498,13 +512,23 @@ void amx_tile(const Bfloat* a, int64_t stride, int64_t n_k, const uint32_t* b, i
 }
 #endif
 
+// Vectors of lanes that share a weight row: four tiles of sums are two by two.
+#if defined(__AMX_BF16__)
+constexpr int kPairGroup = 2;
+#else
+constexpr int kPairGroup = kGroup;
+#endif
+
 // c [group][kRows][16] = weight rows times `group` vectors of pairs.
 void pairs_product(const Bfloat* a, int64_t stride, int64_t rows, int64_t n_k, const uint32_t* b, int group, float* c) {
   const int64_t vector = n_k * 8;
 #if defined(__AMX_BF16__)
   if (rows == kRows && n_k % 32 == 0) {
-    if (group > 1) amx_tile<2>(a, stride, n_k, b, vector, c);
-    if (group != 2) amx_tile<1>(a, stride, n_k, b + (group - 1) * vector, vector, c + (group - 1) * kRows * 16);
+    if (group == 2) {
+      amx_tile<2>(a, stride, n_k, b, vector, c);
+    } else {
+      amx_tile<1>(a, stride, n_k, b, vector, c);
+    }
     return;
   }
 #endif
@@ -632,7 +656,7 @@ struct Experts {
         if (in_pairs<D>(args)) {
           const uint32_t* lanes = reinterpret_cast<uint32_t*>(s.hidden_lanes) + chunk.start[e] * args.hidden / 2;
           for (int64_t v = 0; v < n;) {
-            const int group = group_of(n - v);
+            const int group = (int)smaller(n - v, kPairGroup);
             pairs_product(w_out(e, row, false).data, args.hidden, rows, args.hidden, lanes + v * args.hidden * 8, group,
                           part + v * kRows * 16);
             v += group;
@@ -678,11 +702,11 @@ struct Experts {
 
 #if defined(__AVX512BF16__)
   void up_pairs(int64_t e, int64_t row, int64_t rows, int64_t n, const float* bias_of) const {
-    alignas(64) float part[kGroup * kRows * 16];
+    alignas(64) float part[kPairGroup * kRows * 16];
     const uint32_t* lanes = reinterpret_cast<uint32_t*>(s.x) + chunk.start[e] * args.dim / 2;
     uint32_t* out = reinterpret_cast<uint32_t*>(s.hidden_lanes) + chunk.start[e] * args.hidden / 2 + row * 8;
     for (int64_t v = 0; v < n;) {
-      const int group = group_of(n - v);
+      const int group = (int)smaller(n - v, kPairGroup);
       pairs_product(w_in(e, row, false).data, args.dim, rows, args.dim, lanes + v * args.dim * 8, group, part);
       for (int i = 0; i < group; ++i, ++v) {
         const Keys keys = dropout_keys(args, chunk, chunk.start[e] + v * 16, e);

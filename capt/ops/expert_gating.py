@@ -15,9 +15,10 @@ from torch import Tensor
 from capt import reference
 from capt.errors import CaptError
 from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
-from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, forced_impossible, slow_half
 
 OP = "expert_gating"
+CPU_EXPERTS = 512  #: CAPT_ROUTER_EXPERTS of csrc/expert_gating.h
 DISPATCH = Dispatch(
     OP,
     {
@@ -56,7 +57,9 @@ def expert_gating(
     """
     _check_arguments(x, gate, w_in, b_in, w_out, b_out, top_k, dropout)
     tensors: tuple[Tensor, ...] = (x, gate, w_in, b_in, w_out, b_out)
-    chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, {"cpu": slow_half(x.dtype)})
+    chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, _disadvantages(x.dtype, len(gate)))
+    if chosen == "cpu" and len(gate) > CPU_EXPERTS:
+        raise forced_impossible(OP, "cpu", f"{len(gate)} experts are more than {CPU_EXPERTS}")
     dropout = dropout if training else 0.0
     seed = _seed() if dropout else 0
     if chosen == "reference":
@@ -67,6 +70,11 @@ def expert_gating(
     weights, probs, load = ops.expert_router(tensors[0], tensors[1], top_k)
     y: Tensor = ops.expert_mix(tensors[0], weights, *tensors[2:], dropout, seed)
     return y.to(x.dtype), weights, probs, load
+
+
+def _disadvantages(dtype: torch.dtype, n_experts: int) -> dict[str, str]:
+    many = n_experts > CPU_EXPERTS
+    return {"cpu": f"{n_experts} experts are more than {CPU_EXPERTS}" if many else slow_half(dtype)}
 
 
 def _seed() -> int:
@@ -90,7 +98,7 @@ def plan(
     hidden: None: 4 * dim. Every expert is assumed to be used by some token when tokens * top_k allows it.
     """
     place = torch.device(device).type
-    against = {"cpu": slow_half(dtype)}
+    against = _disadvantages(dtype, n_experts)
     chosen, reason = DISPATCH.choose(place, dtype, backend, against)
     hidden = 4 * dim if hidden is None else hidden
     parameters = min(n_experts, tokens * top_k) * (2 * hidden * dim + hidden + dim) + n_experts * dim

@@ -10,13 +10,17 @@
 namespace capt {
 namespace {
 
-using torch::stable::contiguous;
-
 const char* const kRouter = "capt::expert_router";
 constexpr int64_t kChunk = CAPT_EXPERT_CHUNK;
 const char* const kMix = "capt::expert_mix";
 
-Tensor floats(const Tensor& tensor) { return contiguous(torch::stable::to(tensor, ScalarType::Float)); }
+Tensor in_order(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+Tensor as(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+Tensor floats(const Tensor& tensor) { return in_order(as(tensor, ScalarType::Float)); }
 
 const float* floats_of(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
 
@@ -33,9 +37,11 @@ T* pointer(const Tensor& tensor, bool needed) {
 std::tuple<Tensor, Tensor, Tensor> router_cpu(const Tensor& given, const Tensor& given_gate, int64_t top_k) {
   STD_TORCH_CHECK(given.dim() == 2 && given_gate.dim() == 2 && given.size(1) == given_gate.size(1), kRouter,
                   ": x must be [N, D] and gate [E, D]");
-  const Tensor x = contiguous(given), gate = floats(given_gate);
+  const Tensor x = in_order(given), gate = floats(given_gate);
   const int64_t n_tokens = x.size(0), n_experts = gate.size(0);
   STD_TORCH_CHECK(top_k >= 1 && top_k <= n_experts, kRouter, ": top_k must lie in 1..E");
+  STD_TORCH_CHECK(n_experts <= CAPT_ROUTER_EXPERTS, kRouter, ": at most ", static_cast<int>(CAPT_ROUTER_EXPERTS),
+                  " experts on the CPU");
   Tensor weights = room(x, true, {n_tokens, n_experts}, ScalarType::Float);
   Tensor probs = room(x, true, {n_tokens, n_experts}, ScalarType::Float);
   Tensor load = room(x, true, {n_experts}, ScalarType::Float);
@@ -66,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> router_cpu(const Tensor& given, const Tensor&
 std::tuple<Tensor, Tensor> router_backward_cpu(const Tensor& grad_weights, const Tensor& grad_probs,
                                                const Tensor& weights, const Tensor& probs, const Tensor& given,
                                                const Tensor& given_gate, bool need_x, bool need_gate) {
-  const Tensor x = contiguous(given), gate = floats(given_gate);
+  const Tensor x = in_order(given), gate = floats(given_gate);
   const Tensor inputs[4] = {floats(grad_weights), floats(grad_probs), floats(weights), floats(probs)};
   const int64_t n_tokens = x.size(0), dim = x.size(1), n_experts = gate.size(0);
   for (const Tensor& input : inputs) {
@@ -93,7 +99,7 @@ std::tuple<Tensor, Tensor> router_backward_cpu(const Tensor& grad_weights, const
       capt_expert_router_back_cpu(&args, step, capt_cpu_level(), begin, end);
     });
   }
-  return {grad_x, torch::stable::to(grad_gate, given_gate.scalar_type())};
+  return {grad_x, as(grad_gate, given_gate.scalar_type())};
 }
 
 uint32_t mix32(uint32_t v) {
@@ -109,12 +115,12 @@ struct Mix {
 
   Mix(const Tensor& given, const Tensor& given_weights, const Tensor& given_w_in, const Tensor& given_b_in,
       const Tensor& given_w_out, const Tensor& given_b_out, double dropout, int64_t seed)
-      : x(contiguous(given)),
+      : x(in_order(given)),
         weights(floats(given_weights)),
-        w_in(contiguous(given_w_in)),
-        b_in(contiguous(given_b_in)),
-        w_out(contiguous(given_w_out)),
-        b_out(contiguous(given_b_out)) {
+        w_in(in_order(given_w_in)),
+        b_in(in_order(given_b_in)),
+        w_out(in_order(given_w_out)),
+        b_out(in_order(given_b_out)) {
     STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 3, kMix, ": x must be [N, D] and w_in [E, H, D]");
     const int64_t n_experts = w_in.size(0), hidden = w_in.size(1), dim = x.size(1);
     STD_TORCH_CHECK(w_in.size(2) == dim && weights.numel() == x.size(0) * n_experts &&
@@ -191,7 +197,7 @@ SixTensors mix_backward_cpu(const Tensor& x, const Tensor& weights, const Tensor
                             bool need_w_out, bool need_b_out) {
   Mix mix(x, weights, w_in, b_in, w_out, b_out, dropout, seed);
   CaptExpertMix& args = mix.args;
-  const Tensor grad_y = contiguous(given_grad);
+  const Tensor grad_y = in_order(given_grad);
   STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.numel() == x.numel(),
                   "capt::expert_mix_backward: grad_y must have the shape and dtype of x");
   const int64_t n_experts = args.n_experts, hidden = args.hidden, dim = args.dim;
@@ -219,8 +225,8 @@ SixTensors mix_backward_cpu(const Tensor& x, const Tensor& weights, const Tensor
   if (need_w_out || need_b_out) phases.push_back(CAPT_EXPERT_BACK_OUT);
   if (need_weights) phases.push_back(CAPT_EXPERT_BACK_WEIGHTS);
   mix.run(phases);
-  for (Tensor& grad : grads) grad = torch::stable::to(grad, x.scalar_type());
-  return {grad_x, torch::stable::to(grad_weights, weights.scalar_type()), grads[0], grads[1], grads[2], grads[3]};
+  for (Tensor& grad : grads) grad = as(grad, x.scalar_type());
+  return {grad_x, as(grad_weights, weights.scalar_type()), grads[0], grads[1], grads[2], grads[3]};
 }
 
 }  // namespace
