@@ -75,9 +75,7 @@ def _router(tokens: int, experts: int, dtype: str, device: str, backend: str | N
         wrong = [n for n, a, b in zip(names, found, want, strict=True) if not torch.allclose(a, b, atol=1e-4)]
         return ", ".join(wrong)
 
-    plan = ops.explain("expert_gating", tokens=tokens, dim=DIM, n_experts=experts, dtype=DTYPES[dtype], device=device)
     traffic = (x.numel() + gate.numel()) * x.itemsize + (2 * tokens + 1) * experts * 4
-    assert plan.bytes > traffic
     return Comparison({name: _inference(call) for name, call in functions.items()}, verify, traffic,
                       2 * tokens * experts * DIM, "read", {("eager",): 4.0})  # fmt: skip
 
