@@ -40,7 +40,8 @@ int capt_expert_router_backward_cuda(const struct CaptExpertRouterBackwardCuda* 
 
 // y[n] = sum_e weights[n, e] (w_out[e] dropout(QuickGELU(w_in[e] x[n] + b_in[e])) + b_out[e]); an expert whose weight
 // is 0 is not evaluated.
-enum CaptExpertPath { CAPT_EXPERT_AUTO = 0, CAPT_EXPERT_DENSE = 1, CAPT_EXPERT_GATHER = 2 };
+enum CaptExpertPath { CAPT_EXPERT_DENSE = 1, CAPT_EXPERT_GATHER = 2 };
+enum CaptExpertTile { CAPT_EXPERT_SMALL = 1, CAPT_EXPERT_LARGE = 2 };
 struct CaptExpertMixCuda {
   const void* x;         // [tokens, dim] of dtype, as all weights and biases
   const float* weights;  // [tokens, experts]
@@ -54,7 +55,8 @@ struct CaptExpertMixCuda {
   int64_t seed;
   double dropout;  // in [0, 1)
   int64_t chunk;   // tokens handled at a time; 0: as many as fit the workspace limit
-  int32_t path;    // CaptExpertPath
+  int32_t path;    // CaptExpertPath; 0: chosen by the sizes
+  int32_t tile;    // CaptExpertTile; 0: chosen by the sizes
   int32_t dtype;
 };
 // At most 256 MiB, or what 64 tokens need if that is more.

@@ -474,13 +474,11 @@ __global__ void __launch_bounds__(kHiddenThreads)
       float grad_z = 0.0f, weighted = 0.0f;
       if (weight != 0.0f) {
         const float scale = dropout.threshold != 0 ? survives(h) : 1.0f;
-        if (scale != 0.0f) {
-          const float value = widen(z[h]) + widen(bias[h]);
-          const float s = sigmoid(value), active = value * s * scale, grad = widen(g[h]);
-          inner += active * grad;
-          grad_z = weight * grad * scale * (s + 1.702f * value * s * (1.0f - s));
-          weighted = weight * active;
-        }
+        const float value = widen(z[h]) + widen(bias[h]), s = sigmoid(value), grad = widen(g[h]);
+        const float active = scale != 0.0f ? value * s * scale : 0.0f;
+        inner += active * grad;
+        grad_z = weight * grad * scale * (s + 1.702f * value * s * (1.0f - s));  // NaN even where nothing survives
+        weighted = weight * active;
       }
       narrow(grad_z, z[h]);
       narrow(weighted, g[h]);
@@ -528,9 +526,8 @@ Cut cut_of(const CaptExpertMixCuda& args) {
   const int64_t size = args.dtype == CAPT_FLOAT32 ? 4 : 2;
   Cut cut{};
   // With one or two experts dense evaluation wastes at most half of the arithmetic. top_k is not known here.
-  cut.gather = args.path == CAPT_EXPERT_GATHER ||
-               (args.path == CAPT_EXPERT_AUTO && args.experts > 2 && args.tokens > kDenseTokens);
-  cut.large = args.tokens > kFewTokens;
+  cut.gather = args.path == CAPT_EXPERT_GATHER || (args.path == 0 && args.experts > 2 && args.tokens > kDenseTokens);
+  cut.large = args.tile == 0 ? args.tokens > kFewTokens : args.tile == CAPT_EXPERT_LARGE;
   const int64_t tile_rows = cut.large ? (size == 2 ? 128 : 64) : 32, tile_columns = cut.large ? 128 : 64;
   const int64_t tiles = args.experts * divide_up(args.tokens, tile_rows) * divide_up(args.dim, tile_columns);
   const int64_t wanted = smaller(kMaxSplits, divide_up(kBlocks, larger(1, tiles)));
