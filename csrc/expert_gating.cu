@@ -36,8 +36,8 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Logits of one token into row[0 .. experts), by its warp.
-template <typename T, typename G, int kCount>
-__device__ __forceinline__ void logits_of(const T* x, const G* gate, int64_t dim, int64_t experts, int lane,
+template <typename T, int kCount>
+__device__ __forceinline__ void logits_of(const T* x, const T* gate, int64_t dim, int64_t experts, int lane,
                                           float* row) {
   for (int64_t first = 0; first < experts; first += kExperts) {
     float sum[kExperts] = {};
@@ -46,7 +46,7 @@ __device__ __forceinline__ void logits_of(const T* x, const G* gate, int64_t dim
 #pragma unroll
       for (int e = 0; e < kExperts; ++e) {
         if (first + e < experts) {
-          const auto factor = *reinterpret_cast<const Pack<G, kCount>*>(gate + (first + e) * dim + d);
+          const auto factor = *reinterpret_cast<const Pack<T, kCount>*>(gate + (first + e) * dim + d);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) sum[e] += widen(value.value[j]) * widen(factor.value[j]);
         }
@@ -64,7 +64,7 @@ __device__ __forceinline__ void logits_of(const T* x, const G* gate, int64_t dim
   }
 }
 
-template <typename T, typename G, int kCount>
+template <typename T, int kCount>
 __global__ void __launch_bounds__(kLanes* kWarps) expert_router_kernel(CaptExpertRouterCuda args) {
   CAPT_DYNAMIC_SHARED(int32_t, shared_count);
   CAPT_SHARED(int, is_last, 1);
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kLanes* kWarps) expert_router_kernel(CaptExper
   for (int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes; n < args.tokens;
        n += int64_t{gridDim.x} * kWarps) {
     float* row = args.probs + n * args.experts;
-    logits_of<T, G, kCount>(static_cast<const T*>(args.x) + n * args.dim, static_cast<const G*>(args.gate), args.dim,
-                            args.experts, lane, row);
+    logits_of<T, kCount>(static_cast<const T*>(args.x) + n * args.dim, static_cast<const T*>(args.gate), args.dim,
+                         args.experts, lane, row);
     __syncwarp();
     float top = -INFINITY, total = 0.0f;
     for (int64_t e = lane; e < args.experts; e += kLanes) top = fmaxf(top, row[e]);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kLanes* kWarps) expert_router_kernel(CaptExper
 
 // Gradient of the logits of each token, and of x; one warp a token.
 //   w_e = p_e / S over the kept experts, so dL/dp_e = grad_p_e + (grad_w_e - <grad_w, w>) / S for them.
-template <typename T, typename G, int kCount>
+template <typename T, int kCount>
 __global__ void __launch_bounds__(kLanes* kWarps) expert_router_backward_kernel(CaptExpertRouterBackwardCuda args) {
   const int lane = threadIdx.x % kLanes;
   for (int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes; n < args.tokens;
@@ -158,12 +158,12 @@ __global__ void __launch_bounds__(kLanes* kWarps) expert_router_backward_kernel(
     for (int64_t e = lane; e < args.experts; e += kLanes) logit[e] = prob[e] * (logit[e] - inner);
     __syncwarp();
     if (args.grad_x == nullptr) continue;
-    const G* gate = static_cast<const G*>(args.gate);
+    const T* gate = static_cast<const T*>(args.gate);
     T* grad_x = static_cast<T*>(args.grad_x) + n * args.dim;
     for (int64_t d = int64_t{lane} * kCount; d < args.dim; d += kLanes * kCount) {
       float sum[kCount] = {};
       for (int64_t e = 0; e < args.experts; ++e) {
-        const auto factor = *reinterpret_cast<const Pack<G, kCount>*>(gate + e * args.dim + d);
+        const auto factor = *reinterpret_cast<const Pack<T, kCount>*>(gate + e * args.dim + d);
         const float grad = logit[e];
 #pragma unroll
         for (int j = 0; j < kCount; ++j) sum[j] += grad * widen(factor.value[j]);
@@ -247,7 +247,7 @@ unsigned token_blocks(int64_t tokens) {
   return static_cast<unsigned>(larger(1, smaller(divide_up(tokens, kWarps), kMaxBlocks)));
 }
 
-template <typename T, typename G, int kCount>
+template <typename T, int kCount>
 int launch(const CaptExpertRouterCuda& args, void* stream) {
   const unsigned blocks = token_blocks(args.tokens);
   const bool counts_shared = args.experts <= kMaxShared;
@@ -256,38 +256,34 @@ int launch(const CaptExpertRouterCuda& args, void* stream) {
     if (error != 0) return error;
   }
   const int64_t bytes = (counts_shared ? args.experts : 1) * static_cast<int64_t>(sizeof(int32_t));
-  CAPT_LAUNCH_SHARED((expert_router_kernel<T, G, kCount>), dim3(blocks), dim3(kLanes * kWarps),
-                     static_cast<size_t>(bytes), stream, args);
+  CAPT_LAUNCH_SHARED((expert_router_kernel<T, kCount>), dim3(blocks), dim3(kLanes * kWarps), static_cast<size_t>(bytes),
+                     stream, args);
   return CAPT_LAST_ERROR();
 }
 
-template <typename T, typename G, int kCount>
+template <typename T, int kCount>
 int launch(const CaptExpertRouterBackwardCuda& args, void* stream) {
-  CAPT_LAUNCH((expert_router_backward_kernel<T, G, kCount>), dim3(token_blocks(args.tokens)), dim3(kLanes * kWarps),
+  CAPT_LAUNCH((expert_router_backward_kernel<T, kCount>), dim3(token_blocks(args.tokens)), dim3(kLanes * kWarps),
               stream, args);
   return CAPT_LAST_ERROR();
 }
 
-template <typename T, typename G, typename Args>
+template <typename T, typename Args>
 int by_width(const Args& args, const void* grad_x, void* stream) {
   constexpr int kCount = 16 / sizeof(T);
-  const bool packs = args.dim % kCount == 0 && aligned(args.x, 16) && aligned(grad_x, 16) &&
-                     aligned(args.gate, sizeof(Pack<G, kCount>));
-  return packs ? launch<T, G, kCount>(args, stream) : launch<T, G, 1>(args, stream);
+  const bool packs = args.dim % kCount == 0 && aligned(args.x, 16) && aligned(args.gate, 16) && aligned(grad_x, 16);
+  return packs ? launch<T, kCount>(args, stream) : launch<T, 1>(args, stream);
 }
 
 template <typename Args>
 int by_dtype(const Args& args, const void* grad_x, void* stream) {
-  const bool wide_gate = args.gate_dtype == CAPT_FLOAT32;
   switch (args.dtype) {
     case CAPT_FLOAT32:
-      return by_width<float, float>(args, grad_x, stream);
+      return by_width<float>(args, grad_x, stream);
     case CAPT_FLOAT16:
-      return wide_gate ? by_width<HalfBits, float>(args, grad_x, stream)
-                       : by_width<HalfBits, HalfBits>(args, grad_x, stream);
+      return by_width<HalfBits>(args, grad_x, stream);
     default:
-      return wide_gate ? by_width<BfloatBits, float>(args, grad_x, stream)
-                       : by_width<BfloatBits, BfloatBits>(args, grad_x, stream);
+      return by_width<BfloatBits>(args, grad_x, stream);
   }
 }
 
@@ -332,7 +328,7 @@ extern "C" int capt_expert_router_backward_cuda(const CaptExpertRouterBackwardCu
   if (args->experts == 0) return 0;
   const int error = by_dtype(*args, args->grad_x, stream);
   if (error != 0 || args->grad_gate == nullptr) return error;
-  const CaptColumnSumsCuda sums{args->grad_logits, args->x,   args->grad_gate, args->partial,   args->tokens,
-                                args->experts,     args->dim, args->dtype,     args->gate_dtype};
+  const CaptColumnSumsCuda sums{args->grad_logits, args->x,   args->grad_gate, args->partial, args->tokens,
+                                args->experts,     args->dim, args->dtype,     args->dtype};
   return capt_column_sums_cuda(&sums, stream);
 }

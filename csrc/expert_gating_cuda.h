@@ -12,13 +12,13 @@ extern "C" {
 // load = share of the tokens whose weight is positive.
 struct CaptExpertRouterCuda {
   const void* x;     // [tokens, dim] of dtype
-  const void* gate;  // [experts, dim] of gate_dtype: dtype or float32
+  const void* gate;  // [experts, dim] of dtype
   float* weights;    // [tokens, experts]
   float* probs;      // [tokens, experts]
   float* load;       // [experts]
   int32_t* counter;  // [experts + 1], scratch
   int64_t tokens, dim, experts, top_k;
-  int32_t dtype, gate_dtype;
+  int32_t dtype;
 };
 int capt_expert_router_cuda(const struct CaptExpertRouterCuda* args, void* stream);
 
@@ -28,13 +28,13 @@ struct CaptExpertRouterBackwardCuda {
   const float* weights;       // [tokens, experts]
   const float* probs;         // [tokens, experts]
   const void* x;              // [tokens, dim] of dtype
-  const void* gate;           // [experts, dim] of gate_dtype
+  const void* gate;           // [experts, dim] of dtype
   float* grad_logits;         // [tokens, experts], scratch
   void* grad_x;               // [tokens, dim] of dtype, or null: not needed
-  void* grad_gate;            // [experts, dim] of gate_dtype, or null: not needed
+  void* grad_gate;            // [experts, dim] of dtype, or null: not needed
   float* partial;             // scratch of capt_column_sums_cuda_workspace(tokens, experts, dim) bytes
   int64_t tokens, dim, experts;
-  int32_t dtype, gate_dtype;
+  int32_t dtype;
 };
 int capt_expert_router_backward_cuda(const struct CaptExpertRouterBackwardCuda* args, void* stream);
 

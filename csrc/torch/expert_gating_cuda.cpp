@@ -43,19 +43,16 @@ Tensor floats(const Tensor& tensor) {
   return stable::contiguous(tensor.scalar_type() == ScalarType::Float ? tensor : stable::to(tensor, ScalarType::Float));
 }
 
-// The router reads a gate in the dtype of x or in float32.
-Tensor router_gate(const Tensor& x, const Tensor& gate) {
-  return gate.scalar_type() == x.scalar_type() ? stable::contiguous(gate) : floats(gate);
-}
-
 std::tuple<Tensor, Tensor, Tensor> router(const Tensor& given, const Tensor& given_gate, int64_t top_k) {
   STD_TORCH_CHECK(given.dim() == 2, "capt::expert_router: x must be [N, D]");
   const int64_t tokens = given.size(0), dim = given.size(1), experts = given_gate.size(0);
   check_matrix(given_gate, experts, dim, "capt::expert_router: gate");
+  STD_TORCH_CHECK(given_gate.scalar_type() == given.scalar_type(),
+                  "capt::expert_router: gate must have the dtype of x");
   STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "capt::expert_router: top_k must lie in [1, ", experts, "], found ",
                   top_k);
   const DeviceGuard guard(given.get_device_index());
-  const Tensor x = stable::contiguous(given), gate = router_gate(x, given_gate);
+  const Tensor x = stable::contiguous(given), gate = stable::contiguous(given_gate);
   const Tensor weights = empty(x, {tokens, experts}, ScalarType::Float);
   const Tensor probs = empty(x, {tokens, experts}, ScalarType::Float), load = empty(x, {experts}, ScalarType::Float);
   const Tensor counter = empty(x, {experts + 1}, ScalarType::Int);
@@ -71,7 +68,6 @@ std::tuple<Tensor, Tensor, Tensor> router(const Tensor& given, const Tensor& giv
   args.experts = experts;
   args.top_k = top_k;
   args.dtype = dtype_code(x, "capt::expert_router: x");
-  args.gate_dtype = dtype_code(gate, "capt::expert_router: gate");
   check_cuda(capt_expert_router_cuda(&args, current_stream(x.get_device_index())), "capt::expert_router");
   return {weights, probs, load};
 }
@@ -81,12 +77,14 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& given_grad_weights, con
                                            const Tensor& given_gate, bool need_x, bool need_gate) {
   const int64_t tokens = given.size(0), dim = given.size(1), experts = given_gate.size(0);
   check_matrix(given_gate, experts, dim, "capt::expert_router_backward: gate");
+  STD_TORCH_CHECK(given_gate.scalar_type() == given.scalar_type(),
+                  "capt::expert_router_backward: gate must have the dtype of x");
   check_matrix(given_grad_weights, tokens, experts, "capt::expert_router_backward: grad_weights");
   check_matrix(given_grad_probs, tokens, experts, "capt::expert_router_backward: grad_probs");
   check_matrix(given_weights, tokens, experts, "capt::expert_router_backward: weights");
   check_matrix(given_probs, tokens, experts, "capt::expert_router_backward: probs");
   const DeviceGuard guard(given.get_device_index());
-  const Tensor x = stable::contiguous(given), gate = router_gate(x, given_gate);
+  const Tensor x = stable::contiguous(given), gate = stable::contiguous(given_gate);
   const Tensor grad_weights = floats(given_grad_weights), grad_probs = floats(given_grad_probs);
   const Tensor weights = floats(given_weights), probs = floats(given_probs);
   Tensor grad_x = need_x ? empty(x, {tokens, dim}, x.scalar_type()) : absent(x);
@@ -109,12 +107,8 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& given_grad_weights, con
   args.dim = dim;
   args.experts = experts;
   args.dtype = dtype_code(x, "capt::expert_router_backward: x");
-  args.gate_dtype = dtype_code(gate, "capt::expert_router_backward: gate");
   check_cuda(capt_expert_router_backward_cuda(&args, current_stream(x.get_device_index())),
              "capt::expert_router_backward");
-  if (need_gate && gate.scalar_type() != given_gate.scalar_type()) {
-    grad_gate = stable::to(grad_gate, given_gate.scalar_type());
-  }
   return {grad_x, grad_gate};
 }
 

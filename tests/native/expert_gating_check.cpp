@@ -56,7 +56,7 @@ struct Layer {
     args.dim = s.dim;
     args.experts = s.experts;
     args.top_k = s.top_k;
-    args.dtype = args.gate_dtype = dtype;
+    args.dtype = dtype;
     bool good = capt_expert_router_cuda(&args, nullptr) == 0;
     double used = 0.0;
     for (int64_t e = 0; e < s.experts; ++e) used += load[static_cast<size_t>(e)];
@@ -146,7 +146,7 @@ struct Layer {
     args.tokens = s.tokens;
     args.dim = s.dim;
     args.experts = s.experts;
-    args.dtype = args.gate_dtype = dtype;
+    args.dtype = dtype;
     return capt_expert_router_backward_cuda(&args, nullptr) == 0;
   }
 
