@@ -23,7 +23,7 @@ CONFIGS: dict[tuple[int, bool], dict[str, int]] = {
     (2, True): {"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     (2, False): {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     (4, True): {"BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    (4, False): {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
+    (4, False): {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
 FEW_TOKENS = 64
 ROUTER_VALUES = 4096  # tokens x experts x columns a program of the router holds
@@ -47,7 +47,7 @@ def _router_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
     exists = (e < experts)[None, :]
-    logits = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+    logits = tl.full((BLOCK_N, BLOCK_E), 0, tl.float32)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (d < dim)[None, :]
@@ -58,7 +58,7 @@ def _router_kernel(
     logits = tl.where(exists, logits, float("-inf"))
     mass = tl.where(exists, tl.exp(logits - tl.max(logits, axis=1)[:, None]), 0.0)
     prob = mass / tl.sum(mass, axis=1)[:, None]
-    taken = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.int32)
+    taken = tl.full((BLOCK_N, BLOCK_E), 0, tl.int32)
     for _ in range(top_k):
         left = tl.where((taken == 0) & exists, prob, -1.0)
         best = tl.max(left, axis=1)
@@ -140,7 +140,7 @@ def _sigmoid(value):
 def _product(rows, matrix, n, c, limit_n, limit_c, depth, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
              BLOCK_K: tl.constexpr):  # fmt: skip
     """rows[n] . matrix[c] over the depth, in float32."""
-    total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    total = tl.full((BLOCK_N, BLOCK_C), 0, tl.float32)
     for start in range(0, depth, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         left = tl.load(rows + n[:, None].to(tl.int64) * depth + k[None, :],
@@ -202,7 +202,7 @@ def _output_kernel(
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    sums = tl.full((BLOCK_N, BLOCK_C), 0, tl.float32)
     for i in range(experts):
         e = tl.full((), i, tl.int64)
         weight = tl.load(weights + n.to(tl.int64) * experts + e, mask=n < tokens, other=0.0)
@@ -242,7 +242,7 @@ def _hidden_backward_kernel(
     place = n.to(tl.int64) * experts + e
     weight = tl.load(weights + place, mask=n < tokens, other=0.0)
     used = (weight != 0.0)[:, None]
-    inner = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    inner = tl.full((BLOCK_N,), 0, tl.float32)
     for start in range(0, width, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         valid = exists & (h < width)[None, :]

@@ -1,0 +1,21 @@
+"""The Triton kernels of expert_gating, executed by Triton's interpreter in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.native_build import ROOT
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'capt[triton]'")
+
+
+def test_500_interpreted_problems_match_the_reference():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.expert_gating_interpreted"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "500 problems\n"
