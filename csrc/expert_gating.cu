@@ -1,4 +1,5 @@
-// Router of a mixture of experts and the reductions of its backward pass. The experts are in expert_mix.cu.
+// Router of a mixture of experts, and what its backward pass needs beside plain products. The experts are in
+// expert_mix.cu.
 //
 //   probs   = softmax(x gate^T)               weights = top_k of probs, renormalised        load = counts / tokens
 //
@@ -11,17 +12,15 @@
 //
 // Limits: any sizes, 64-bit offsets. No float atomics: results are bitwise repeatable.
 
-#include "common/device.cuh"
+#include "expert_gating.cuh"
 #include "expert_gating_cuda.h"
 
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kExperts = 16;      // logits a pass over a token keeps in registers
 constexpr int kMaxShared = 8192;  // experts whose counts fit into shared memory
 constexpr int kMaxBlocks = 1024;
-constexpr unsigned kAll = 0xFFFFFFFFu;
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -180,10 +179,6 @@ constexpr int kRows = 4;             // factors a pass over the values serves
 constexpr int64_t kStrips = 64;      // at most
 constexpr int64_t kStripRows = 128;  // at least
 
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t strip_rows(int64_t tokens) { return larger(kStripRows, divide_up(tokens, kStrips)); }
 int64_t strips(int64_t tokens) { return larger(1, divide_up(tokens, strip_rows(tokens))); }
 
@@ -229,6 +224,55 @@ __global__ void __launch_bounds__(kLanes* kWarps) column_finish_kernel(CaptColum
     narrow(total, static_cast<T*>(args.out)[i]);
   }
 }
+
+// ---- backward: between the products ------------------------------------------------------------------------------
+
+constexpr int kHiddenThreads = 256;
+
+// One block a (token, expert). QuickGELU'(z) = s + 1.702 z s (1 - s) with s = sigmoid(1.702 z).
+template <typename T>
+__global__ void __launch_bounds__(kHiddenThreads)
+    expert_hidden_backward_kernel(CaptExpertHiddenBackwardCuda args, Dropout dropout) {
+  CAPT_SHARED(float, shared, kHiddenThreads / kLanes);
+  const int64_t e = blockIdx.x;
+  for (int64_t n = blockIdx.y; n < args.tokens; n += gridDim.y) {
+    T* z = static_cast<T*>(args.z) + (n * args.experts + e) * args.hidden;
+    T* g = static_cast<T*>(args.g) + (e * args.tokens + n) * args.hidden;
+    const T* bias = static_cast<const T*>(args.b_in) + e * args.hidden;
+    const float weight = args.weights[n * args.experts + e];
+    const RowDropout survives(dropout, n, e);
+    float inner = 0.0f;
+    for (int64_t h = threadIdx.x; h < args.hidden; h += kHiddenThreads) {
+      float grad_z = 0.0f, weighted = 0.0f;
+      if (weight != 0.0f) {
+        const float scale = dropout.threshold != 0 ? survives(h) : 1.0f;
+        const float value = widen(z[h]) + widen(bias[h]), s = sigmoid(value), grad = widen(g[h]);
+        const float active = scale != 0.0f ? value * s * scale : 0.0f;
+        inner += active * grad;
+        grad_z = weight * grad * scale * (s + 1.702f * value * s * (1.0f - s));  // NaN even where nothing survives
+        weighted = weight * active;
+      }
+      narrow(grad_z, z[h]);
+      narrow(weighted, g[h]);
+    }
+    for (int64_t d = threadIdx.x; d < args.dim; d += kHiddenThreads) {
+      inner += widen(static_cast<const T*>(args.grad_y)[n * args.dim + d]) *
+               widen(static_cast<const T*>(args.b_out)[e * args.dim + d]);
+    }
+#pragma unroll
+    for (int bit = kLanes / 2; bit > 0; bit /= 2) inner += __shfl_xor_sync(kAll, inner, bit);
+    if (threadIdx.x % kLanes == 0) shared[threadIdx.x / kLanes] = inner;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float total = 0.0f;
+      for (int w = 0; w < kHiddenThreads / kLanes; ++w) total += shared[w];
+      args.grad_weights[n * args.experts + e] = weight != 0.0f ? total : 0.0f;
+    }
+    __syncthreads();
+  }
+}
+
+// ---- host side ---------------------------------------------------------------------------------------------------
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -303,6 +347,14 @@ int launch_finish(const CaptColumnSumsCuda& args, void* stream) {
   return CAPT_LAST_ERROR();
 }
 
+template <typename T>
+int launch_hidden(const CaptExpertHiddenBackwardCuda& args, void* stream) {
+  const dim3 grid(static_cast<unsigned>(args.experts), static_cast<unsigned>(smaller(args.tokens, 65535)));
+  CAPT_LAUNCH(expert_hidden_backward_kernel<T>, grid, dim3(kHiddenThreads), stream, args,
+              dropout_of(args.dropout, args.seed));
+  return CAPT_LAST_ERROR();
+}
+
 }  // namespace
 
 extern "C" int capt_expert_router_cuda(const CaptExpertRouterCuda* args, void* stream) {
@@ -331,4 +383,16 @@ extern "C" int capt_expert_router_backward_cuda(const CaptExpertRouterBackwardCu
   const CaptColumnSumsCuda sums{args->grad_logits, args->x,   args->grad_gate, args->partial, args->tokens,
                                 args->experts,     args->dim, args->dtype,     args->dtype};
   return capt_column_sums_cuda(&sums, stream);
+}
+
+extern "C" int capt_expert_hidden_backward_cuda(const CaptExpertHiddenBackwardCuda* args, void* stream) {
+  if (args->tokens == 0 || args->experts == 0) return 0;
+  switch (args->dtype) {
+    case CAPT_FLOAT32:
+      return launch_hidden<float>(*args, stream);
+    case CAPT_FLOAT16:
+      return launch_hidden<HalfBits>(*args, stream);
+    default:
+      return launch_hidden<BfloatBits>(*args, stream);
+  }
 }

@@ -18,56 +18,16 @@
 // Limits: any sizes, 64-bit offsets; 16-byte copies where depth and addresses allow, single elements elsewhere. No
 // atomics: results are bitwise repeatable. Dropout: see capt/reference.py (dropout_mask); the same bits here.
 
-#include "common/device.cuh"
 #include "common/tensor_core.cuh"
+#include "expert_gating.cuh"
 #include "expert_gating_cuda.h"
 
 namespace {
 
-constexpr int kLanes = 32;
-constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kStages = 3;
 constexpr int kRowBytes = 128;               // of depth in a stage
 constexpr int kPitchBytes = kRowBytes + 16;  // of a row in shared memory
 constexpr int kChunks = kRowBytes / 16;
-
-// ---- dropout -----------------------------------------------------------------------------------------------------
-
-struct Dropout {
-  uint32_t low, high;  // words of the seed
-  uint32_t threshold;  // a unit survives if its word is not below
-  float scale;         // of survivors
-};
-
-__device__ __forceinline__ uint32_t mix32(uint32_t word) {
-  word = (word ^ (word >> 16)) * 0x7FEB352Du;
-  word = (word ^ (word >> 15)) * 0x846CA68Bu;
-  return word ^ (word >> 16);
-}
-
-// Scale of the hidden units of one token and expert.
-struct RowDropout {
-  uint32_t first, second, threshold;
-  float scale;
-  __device__ __forceinline__ RowDropout(const Dropout& dropout, int64_t token, int64_t expert)
-      : first(0), second(0), threshold(dropout.threshold), scale(dropout.scale) {
-    if (threshold == 0) return;
-    const uint32_t low = mix32(dropout.low), high = mix32(low ^ dropout.high);
-    first = mix32(mix32(high ^ static_cast<uint32_t>(token)) ^ static_cast<uint32_t>(expert));
-    second = mix32(mix32(low ^ static_cast<uint32_t>(token)) + static_cast<uint32_t>(expert));
-  }
-  __device__ __forceinline__ float operator()(int64_t column) const {
-    return mix32(mix32(first ^ static_cast<uint32_t>(column)) ^ second) >= threshold ? scale : 0.0f;
-  }
-};
-
-Dropout dropout_of(double probability, int64_t seed) {
-  const auto bits = static_cast<uint64_t>(seed);
-  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32),
-          static_cast<uint32_t>(probability * 4294967296.0), static_cast<float>(1.0 / (1.0 - probability))};
-}
-
-__device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + expf(-1.702f * value)); }
 
 // ---- routing -----------------------------------------------------------------------------------------------------
 
@@ -453,53 +413,6 @@ __global__ void __launch_bounds__(kCombineThreads) expert_combine_kernel(Combine
   }
 }
 
-// ---- backward: between the products ------------------------------------------------------------------------------
-
-constexpr int kHiddenThreads = 256;
-
-// One block a (token, expert). QuickGELU'(z) = s + 1.702 z s (1 - s) with s = sigmoid(1.702 z).
-template <typename T>
-__global__ void __launch_bounds__(kHiddenThreads)
-    expert_hidden_backward_kernel(CaptExpertHiddenBackwardCuda args, Dropout dropout) {
-  CAPT_SHARED(float, shared, kHiddenThreads / kLanes);
-  const int64_t e = blockIdx.x;
-  for (int64_t n = blockIdx.y; n < args.tokens; n += gridDim.y) {
-    T* z = static_cast<T*>(args.z) + (n * args.experts + e) * args.hidden;
-    T* g = static_cast<T*>(args.g) + (e * args.tokens + n) * args.hidden;
-    const T* bias = static_cast<const T*>(args.b_in) + e * args.hidden;
-    const float weight = args.weights[n * args.experts + e];
-    const RowDropout survives(dropout, n, e);
-    float inner = 0.0f;
-    for (int64_t h = threadIdx.x; h < args.hidden; h += kHiddenThreads) {
-      float grad_z = 0.0f, weighted = 0.0f;
-      if (weight != 0.0f) {
-        const float scale = dropout.threshold != 0 ? survives(h) : 1.0f;
-        const float value = widen(z[h]) + widen(bias[h]), s = sigmoid(value), grad = widen(g[h]);
-        const float active = scale != 0.0f ? value * s * scale : 0.0f;
-        inner += active * grad;
-        grad_z = weight * grad * scale * (s + 1.702f * value * s * (1.0f - s));  // NaN even where nothing survives
-        weighted = weight * active;
-      }
-      narrow(grad_z, z[h]);
-      narrow(weighted, g[h]);
-    }
-    for (int64_t d = threadIdx.x; d < args.dim; d += kHiddenThreads) {
-      inner += widen(static_cast<const T*>(args.grad_y)[n * args.dim + d]) *
-               widen(static_cast<const T*>(args.b_out)[e * args.dim + d]);
-    }
-#pragma unroll
-    for (int bit = kLanes / 2; bit > 0; bit /= 2) inner += __shfl_xor_sync(kAll, inner, bit);
-    if (threadIdx.x % kLanes == 0) shared[threadIdx.x / kLanes] = inner;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.0f;
-      for (int w = 0; w < kHiddenThreads / kLanes; ++w) total += shared[w];
-      args.grad_weights[n * args.experts + e] = weight != 0.0f ? total : 0.0f;
-    }
-    __syncthreads();
-  }
-}
-
 // ---- host side ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t kWorkspaceLimit = int64_t{256} << 20;
@@ -509,9 +422,6 @@ constexpr int64_t kBlocks = 132;       // split the depth of the second product 
 constexpr int64_t kMinSplitDepth = 256;
 constexpr int64_t kMaxSplits = 8;
 
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -614,14 +524,6 @@ int run_mix(const CaptExpertMixCuda& args, void* stream) {
   return 0;
 }
 
-template <typename T>
-int launch_hidden(const CaptExpertHiddenBackwardCuda& args, void* stream) {
-  const dim3 grid(static_cast<unsigned>(args.experts), static_cast<unsigned>(smaller(args.tokens, 65535)));
-  CAPT_LAUNCH(expert_hidden_backward_kernel<T>, grid, dim3(kHiddenThreads), stream, args,
-              dropout_of(args.dropout, args.seed));
-  return CAPT_LAST_ERROR();
-}
-
 }  // namespace
 
 extern "C" int64_t capt_expert_mix_cuda_workspace(const CaptExpertMixCuda* args) { return cut_of(*args).bytes; }
@@ -635,17 +537,5 @@ extern "C" int capt_expert_mix_cuda(const CaptExpertMixCuda* args, void* stream)
       return run_mix<HalfBits>(*args, stream);
     default:
       return run_mix<BfloatBits>(*args, stream);
-  }
-}
-
-extern "C" int capt_expert_hidden_backward_cuda(const CaptExpertHiddenBackwardCuda* args, void* stream) {
-  if (args->tokens == 0 || args->experts == 0) return 0;
-  switch (args->dtype) {
-    case CAPT_FLOAT32:
-      return launch_hidden<float>(*args, stream);
-    case CAPT_FLOAT16:
-      return launch_hidden<HalfBits>(*args, stream);
-    default:
-      return launch_hidden<BfloatBits>(*args, stream);
   }
 }

@@ -12,31 +12,12 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from benchmarks.parity import expert_gating as parity
 from capt.kernels import expert_gating as kernels
 from tests import expert_gating_chain as chain
-
-_set_up = interpreter._patch_lang
-_seen: dict[frozenset[str], Any] = {}
-
-
-def _set_up_once(function: Any) -> Any:
-    """Triton's interpreter redefines its language at every call of one function from another, milliseconds each; here
-    it does so once for each set of modules and leaves it."""
-    modules = frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)
-    if modules not in _seen:
-        _seen[modules] = _set_up(function)
-    return SimpleNamespace(restore=lambda: None)
-
-
-interpreter._patch_lang = _set_up_once
+from tests.quick_interpreter import quicken
 
 
 def use_blocks(n: int, c: int, k: int) -> None:
@@ -50,6 +31,7 @@ def use_blocks(n: int, c: int, k: int) -> None:
 def main() -> None:
     """500 problems, and repeats of one."""
     torch.set_num_threads(1)
+    quicken()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN and infinity are part of the problems
     count, seed = 0, -1
     while count < 500:
