@@ -1,0 +1,50 @@
+"""What one would write without the ops: gather and softmax over prompt rows, packings of torch's attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eager(query: Tensor, table: Tensor, index: Tensor, log_prior: Tensor) -> Tensor:
+    """One stream of gathered attention by batched matrix products. Every pair must be present."""
+    rows = table[index].flatten(1, 2)  # [B, k*s, d]
+    score = torch.bmm(rows, query[:, :, None])[..., 0] * query.shape[1] ** -0.5
+    score = score + log_prior.repeat_interleave(table.shape[1], 1)
+    return torch.bmm(score.softmax(-1)[:, None], rows)[:, 0]
+
+
+def einsum(query: Tensor, table: Tensor, index: Tensor, log_prior: Tensor) -> Tensor:
+    """The same by einsum, as the definition reads."""
+    rows = table[index]
+    score = torch.einsum("bd,bksd->bks", query, rows) * query.shape[1] ** -0.5 + log_prior[..., None]
+    return torch.einsum("br,brd->bd", score.flatten(1).softmax(-1), rows.flatten(1, 2))
+
+
+def _heads(x: Tensor, n_heads: int) -> Tensor:
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def packed(com: Tensor, diff: Tensor, keys: Tensor, values: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """Both streams stacked along the query axis, one attention call."""
+    query = torch.cat([com, diff]).expand(len(keys), -1, -1)
+    out = F.scaled_dot_product_attention(*(_heads(x, n_heads) for x in (query, keys, values)))
+    out = out.transpose(1, 2).flatten(2)
+    return out[:, : len(com)], out[:, len(com) :]
+
+
+def two_calls(com: Tensor, diff: Tensor, keys: Tensor, values: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """One attention call a stream."""
+    k, v = _heads(keys, n_heads), _heads(values, n_heads)
+    first, second = (
+        F.scaled_dot_product_attention(_heads(query.expand(len(keys), -1, -1), n_heads), k, v)
+        .transpose(1, 2)
+        .flatten(2)
+        for query in (com, diff)
+    )
+    return first, second
+
+
+GATHERED = {"eager": eager, "einsum": einsum}
+SHARED = {"packed": packed, "two_calls": two_calls}
