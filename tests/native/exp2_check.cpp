@@ -1,10 +1,10 @@
-// Largest error of exp2_vector() in units in the last place, over every float in [-126, 0] with the lowest bits cut, and
-// its special values. Compiled once per instruction-set level by tests/test_prompt_attention.py.
-
-#include "common/exp2.h"
+// Largest error of exp2_vector() in units in the last place, over every float in [-126, 0] with the lowest bits cut,
+// and its special values. Compiled once per instruction-set level by tests/test_prompt_attention.py.
 
 #include <math.h>
 #include <stdio.h>
+
+#include "common/exp2.h"
 
 namespace {
 
