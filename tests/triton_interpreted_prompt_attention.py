@@ -1,0 +1,70 @@
+"""Run by test_prompt_attention_triton.py in its own process: Triton reads TRITON_INTERPRET when kernels are decorated.
+
+``python -m tests.triton_interpreted_prompt_attention OP COUNT`` prints how many problems it ran and every complaint.
+bfloat16 is left out: the interpreter computes it wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import torch
+from triton.runtime import interpreter
+
+from capt.kernels import prompt_attention as kernels
+from capt.kernels import prompt_attention_shared as shared_kernels
+from tests.prompt_attention_backends import PARITIES, complaint, operators
+
+# The interpreter's cost is per program and operation: mostly blocks that hold a whole small problem, and for every
+# eighth one blocks that cut it into several with tails.
+GATHERED = {False: (32, 32), True: (8, 16)}
+SHARED = {False: {512: (64, 64, 4, 1)}, True: {512: (16, 16, 4, 1)}}
+
+
+def choose_blocks(small: bool) -> None:
+    """Set the blocks of every kernel."""
+    kernels.BLOCK_R, kernels.BLOCK_D = GATHERED[small]
+    shared_kernels.CONFIGS = {key: SHARED[small] for key in shared_kernels.CONFIGS}
+
+
+def patch_once() -> None:
+    """Let a call of a device function leave the language alone, which its launch has patched: most of the time otherwise.
+
+    Functions of Triton's own library see other modules than the kernels do and still patch those, once.
+    """
+    known = {id(kernels.__dict__), id(shared_kernels.__dict__)}
+
+    def call(self: interpreter.InterpretedFunction, *args: Any, **options: Any) -> Any:
+        if id(self.fn.__globals__) not in known:
+            known.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def main() -> None:
+    """Compare seeded problems with the reference."""
+    patch_once()
+    torch.set_num_threads(1)
+    ops = operators(
+        (kernels.prompt_attention, kernels.prompt_attention_backward),
+        (kernels.prompt_attention_shared, kernels.prompt_attention_shared_backward),
+    )
+    op, count = sys.argv[1], int(sys.argv[2])
+    seeds = [seed for seed in range(3 * count) if seed % 3 < 2][:count]
+    complaints = []
+    for position, seed in enumerate(seeds):
+        choose_blocks(position % 8 == 0)
+        if text := complaint(PARITIES[op], seed, ops):
+            complaints.append(text)
+    print(f"{len(seeds)} problems", *complaints, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
