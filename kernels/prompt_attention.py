@@ -26,6 +26,7 @@ __all__ = [
 
 #: Rows and channels of one step.
 BLOCK_R, BLOCK_D = 16, 128
+NUM_WARPS = 2
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def prompt_attention(
         _gathered_kernel[(batch, 2)](
             query, *tables, *indices, query if log_prior is None else log_prior.float().contiguous(), *outs, *weights,
             pairs, tables[0].shape[1], tables[1].shape[1], tables[0].shape[0], tables[1].shape[0], dim, scale,
-            HAS_PRIOR=log_prior is not None, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+            HAS_PRIOR=log_prior is not None, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
         )  # fmt: skip
     return outs[0], outs[1], weights[0], weights[1]
 
@@ -255,7 +256,7 @@ def prompt_attention_backward(
         _gathered_backward_kernel[(batch,)](
             *grads, *tables, *indices, *weights, *slopes, grad_query, grad_prior,
             pairs, tables[0].shape[1], tables[1].shape[1], tables[0].shape[0], tables[1].shape[0], dim, scale,
-            NEED_QUERY=need_query, NEED_PRIOR=need_prior, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+            NEED_QUERY=need_query, NEED_PRIOR=need_prior, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
         )  # fmt: skip
     if need_tables:
         for grad, index, weight, slope, out in zip(grads, indices, weights, slopes, grad_tables, strict=True):

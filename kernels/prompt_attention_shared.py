@@ -24,10 +24,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 #: (pass, bytes of an element) -> widest head block: rows, keys, warps, stages. The first block that fits is taken.
 CONFIGS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("forward", 2): {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
-    ("keys", 2): {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ("keys", 2): {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
     ("query", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
-    ("forward", 4): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
-    ("keys", 4): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
+    ("keys", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     ("query", 4): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 #: Rows and channels of one step of the row sums.
@@ -66,7 +66,8 @@ def _forward_kernel(
     keys, values,  # [B, L, D], channels contiguous
     out_0, out_1,  # [B, R, D]
     lse_0, lse_1,  # [B, H, R] float32
-    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1, key_batch, key_token, value_batch, value_token, scale,
+    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
+    key_batch, key_token, value_batch, value_token, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1) // heads).to(tl.int64)
@@ -136,7 +137,8 @@ def _keys_kernel(
     grad_0, grad_1,  # [B, R, D]
     lse_0, lse_1, delta_0, delta_1,  # [B, H, R] float32
     grad_keys, grad_values,  # [B, L, D]
-    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1, key_batch, key_token, value_batch, value_token, scale,
+    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
+    key_batch, key_token, value_batch, value_token, scale,
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

@@ -33,7 +33,7 @@ def choose_blocks(small: bool) -> None:
 
 
 def patch_once() -> None:
-    """Let a call of a device function leave the language alone, which its launch has patched: most of the time otherwise.
+    """Let a call of a device function leave the language alone: its launch has patched it, and doing so is slow.
 
     Functions of Triton's own library see other modules than the kernels do and still patch those, once.
     """

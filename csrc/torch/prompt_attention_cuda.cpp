@@ -129,12 +129,113 @@ Four gathered_backward_cuda(const Tensor& grad_commonality, const Tensor& grad_d
   return {out_query, table[0], table[1], out_prior};
 }
 
+// Inputs of the shared ops, held for the length of a call.
+struct Shared {
+  Tensor query[2], keys, values;
+  CaptPromptAttentionSharedCuda args{};
+
+  Shared(const Tensor& commonality_query, const Tensor& difference_query, const Tensor& keys_, const Tensor& values_,
+         int64_t n_heads, double scale)
+      : query{contiguous(commonality_query), contiguous(difference_query)},
+        keys(channels_contiguous(keys_)),
+        values(channels_contiguous(values_)) {
+    STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3 && keys.size(0) == values.size(0) &&
+                        keys.size(1) == values.size(1) && keys.size(2) == values.size(2) && keys.size(1) > 0 &&
+                        keys.scalar_type() == values.scalar_type(),
+                    "capt::prompt_attention_shared: keys and values must have one shape [B, L, D], L >= 1, one dtype");
+    STD_TORCH_CHECK(n_heads > 0 && keys.size(2) % n_heads == 0, "capt::prompt_attention_shared: width ", keys.size(2),
+                    " is not divisible by n_heads=", n_heads);
+    args.keys = keys.data_ptr();
+    args.values = values.data_ptr();
+    args.batch = keys.size(0);
+    args.length = keys.size(1);
+    args.heads = n_heads;
+    args.head_dim = keys.size(2) / n_heads;
+    args.key_batch_stride = keys.stride(0);
+    args.key_token_stride = keys.stride(1);
+    args.value_batch_stride = values.stride(0);
+    args.value_token_stride = values.stride(1);
+    args.scale = static_cast<float>(scale);
+    args.dtype = dtype_code(keys, "capt::prompt_attention_shared: keys");
+    for (int i = 0; i < 2; ++i) {
+      const int64_t axes = query[i].dim();
+      STD_TORCH_CHECK((axes == 2 || (axes == 3 && query[i].size(0) == args.batch)) &&
+                          query[i].size(axes - 1) == keys.size(2) && query[i].scalar_type() == keys.scalar_type(),
+                      "capt::prompt_attention_shared: queries must be [R, D] or [B, R, D] of the dtype of keys");
+      args.query[i].query = query[i].data_ptr();
+      args.query[i].rows = query[i].size(axes - 2);
+      args.query[i].per_image = axes == 3;
+    }
+  }
+};
+
+Four shared_cuda(const Tensor& commonality_query, const Tensor& difference_query, const Tensor& keys,
+                 const Tensor& values, int64_t n_heads, double scale) {
+  torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
+  Shared given(commonality_query, difference_query, keys, values, n_heads, scale);
+  CaptPromptAttentionSharedCuda& args = given.args;
+  Tensor out[2], lse[2];
+  for (int i = 0; i < 2; ++i) {
+    out[i] = new_empty(keys, {args.batch, args.query[i].rows, keys.size(2)});
+    lse[i] = new_empty(keys, {args.batch, args.heads, args.query[i].rows}, ScalarType::Float);
+    args.query[i].out = out[i].data_ptr();
+    args.query[i].lse = floats(lse[i]);
+  }
+  check_cuda(capt_prompt_attention_shared_cuda(&args, current_stream(keys.get_device_index())),
+             "capt::prompt_attention_shared");
+  return {out[0], out[1], lse[0], lse[1]};
+}
+
+Four shared_backward_cuda(const Tensor& grad_com, const Tensor& grad_diff, const Tensor& grad_lse_com,
+                          const Tensor& grad_lse_diff, const Tensor& commonality_query, const Tensor& difference_query,
+                          const Tensor& keys, const Tensor& values, const Tensor& out_com, const Tensor& out_diff,
+                          const Tensor& lse_com, const Tensor& lse_diff, int64_t n_heads, double scale, bool need_query,
+                          bool need_keys, bool need_values) {
+  torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
+  Shared given(commonality_query, difference_query, keys, values, n_heads, scale);
+  CaptPromptAttentionSharedCuda& args = given.args;
+  const Tensor grad[2] = {contiguous(grad_com), contiguous(grad_diff)};
+  const Tensor grad_lse[2] = {contiguous(grad_lse_com), contiguous(grad_lse_diff)};
+  const Tensor out[2] = {contiguous(out_com), contiguous(out_diff)};
+  const Tensor lse[2] = {contiguous(lse_com), contiguous(lse_diff)};
+  Tensor found[2];
+  for (int i = 0; i < 2; ++i) {
+    CaptSharedQuery& kind = args.query[i];
+    const int64_t elements = args.batch * kind.rows * keys.size(2), numbers = args.batch * args.heads * kind.rows;
+    STD_TORCH_CHECK(grad[i].numel() == elements && grad[i].scalar_type() == keys.scalar_type() &&
+                        out[i].numel() == elements && out[i].scalar_type() == keys.scalar_type() &&
+                        grad_lse[i].numel() == numbers && grad_lse[i].scalar_type() == ScalarType::Float &&
+                        lse[i].numel() == numbers && lse[i].scalar_type() == ScalarType::Float,
+                    "capt::prompt_attention_shared_backward: gradients, outputs and log-sum-exps must be those of the "
+                    "forward call");
+    kind.grad = grad[i].data_ptr();
+    kind.grad_lse = floats(grad_lse[i]);
+    kind.out = out[i].data_ptr();
+    kind.lse = floats(lse[i]);
+    found[i] = need_query ? torch::stable::empty_like(given.query[i]) : new_empty(keys, {0});
+    if (need_query) kind.grad_query = found[i].data_ptr();
+  }
+  const auto like_keys = [&](bool needed) {
+    return needed ? new_empty(keys, {args.batch, args.length, keys.size(2)}) : new_empty(keys, {0});
+  };
+  Tensor out_keys = like_keys(need_keys), out_values = like_keys(need_values);
+  if (need_keys) args.grad_keys = out_keys.data_ptr();
+  if (need_values) args.grad_values = out_values.data_ptr();
+  const Tensor workspace = new_empty(keys, {capt_prompt_attention_shared_cuda_workspace(&args)}, ScalarType::Float);
+  args.workspace = floats(workspace);
+  check_cuda(capt_prompt_attention_shared_backward_cuda(&args, current_stream(keys.get_device_index())),
+             "capt::prompt_attention_shared_backward");
+  return {found[0], found[1], out_keys, out_values};
+}
+
 }  // namespace
 }  // namespace capt
 
 STABLE_TORCH_LIBRARY_IMPL(capt, CUDA, library) {
   library.impl("prompt_attention", TORCH_BOX(&capt::gathered_cuda));
   library.impl("prompt_attention_backward", TORCH_BOX(&capt::gathered_backward_cuda));
+  library.impl("prompt_attention_shared", TORCH_BOX(&capt::shared_cuda));
+  library.impl("prompt_attention_shared_backward", TORCH_BOX(&capt::shared_backward_cuda));
 }
 
 #endif

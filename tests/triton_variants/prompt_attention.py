@@ -18,7 +18,7 @@ def variants(mock: Any) -> Iterator[tuple[str, Any]]:
     floats, indices = mock(torch.float32), mock(torch.int64)
     for dtype in DTYPES:
         name, x = str(dtype).removeprefix("torch."), mock(dtype)
-        blocks = {"BLOCK_R": g.BLOCK_R, "BLOCK_D": g.BLOCK_D, "grid": (1,), "num_warps": 4}
+        blocks = {"BLOCK_R": g.BLOCK_R, "BLOCK_D": g.BLOCK_D, "grid": (1,), "num_warps": g.NUM_WARPS}
         sizes = (3, 5, 7, 50, 60, 768, 0.5)
         for prior in (False, True):
             yield (
