@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,49 @@ def test_gathered_problems(ops, start):
 @pytest.mark.parametrize("seed", [1003, 1007])
 def test_wide_gathered_problems(ops, seed):
     assert complaint(PARITIES["prompt_attention"], seed, ops) == ""
+
+
+@pytest.mark.parametrize("start", range(0, 500, 100))
+def test_shared_problems(ops, start):
+    complaints = [complaint(PARITIES["prompt_attention_shared"], seed, ops) for seed in range(start, start + 100)]
+    assert not [text for text in complaints if text]
+
+
+@pytest.mark.parametrize("seed", [1018, 1033, 1039, 1046, 1052, 1057])
+def test_wide_shared_problems(ops, seed):
+    """Several tiles in each direction, on tensor cores: resident and streamed keys, heads up to 128."""
+    assert complaint(PARITIES["prompt_attention_shared"], seed, ops) == ""
+
+
+def test_results_are_bitwise_repeatable(emulation):
+    query, table, index = torch.randn(3, 24), torch.randn(2, 3, 24), torch.randint(-1, 2, (3, 4))
+    given = (query, table, table, index, index, None, 0.2)
+    first = emulation.gathered(*given)
+    grads = torch.randn(3, 24), torch.randn(3, 24)
+    gradients = emulation.gathered_backward(*grads, *given, *first[2:], True, True, True)
+    keys, rows = torch.randn(2, 20, 32).half(), torch.randn(7, 32).half()
+    shared = emulation.shared(rows, rows, keys, keys, 2, 0.2)
+    slopes = (shared[0], shared[1], shared[2], shared[3], rows, rows, keys, keys, *shared, 2, 0.2, True, True, True)
+    shared_gradients = emulation.shared_backward(*slopes)
+    for _ in range(100):
+        again = (
+            *emulation.gathered(*given),
+            *emulation.gathered_backward(*grads, *given, *first[2:], True, True, True),
+            *emulation.shared(rows, rows, keys, keys, 2, 0.2),
+            *emulation.shared_backward(*slopes),
+        )
+        expected = (*first, *gradients, *shared, *shared_gradients)
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_kernels_are_clean_under_sanitizers(tmp_path):
+    program = tmp_path / "check"
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+    check = Path(__file__).with_name("native") / "prompt_attention_check.cpp"
+    kernels = sorted(CSRC.glob("prompt_attention*.cu"))
+    command = [shutil.which("g++") or "c++", *flags, "-Wno-unknown-pragmas", check, "-x", "c++", *kernels]
+    run([*command, "-o", program])
+    assert "prompt_attention: 36 cases" in run([program]).stdout
 
 
 def test_an_index_outside_the_table_is_an_absent_pair(emulation):

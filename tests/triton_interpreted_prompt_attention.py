@@ -11,14 +11,12 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from typing import Any
-
 import torch
-from triton.runtime import interpreter
 
 from capt.kernels import prompt_attention as kernels
 from capt.kernels import prompt_attention_shared as shared_kernels
 from tests.prompt_attention_backends import PARITIES, complaint, operators
+from tests.quick_interpreter import quicken
 
 # The interpreter's cost is per program and operation: mostly blocks that hold a whole small problem, and for every
 # eighth one blocks that cut it into several with tails.
@@ -32,25 +30,9 @@ def choose_blocks(small: bool) -> None:
     shared_kernels.CONFIGS = {key: SHARED[small] for key in shared_kernels.CONFIGS}
 
 
-def patch_once() -> None:
-    """Let a call of a device function leave the language alone: its launch has patched it, and doing so is slow.
-
-    Functions of Triton's own library see other modules than the kernels do and still patch those, once.
-    """
-    known = {id(kernels.__dict__), id(shared_kernels.__dict__)}
-
-    def call(self: interpreter.InterpretedFunction, *args: Any, **options: Any) -> Any:
-        if id(self.fn.__globals__) not in known:
-            known.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **options)
-
-    interpreter.InterpretedFunction.__call__ = call
-
-
 def main() -> None:
     """Compare seeded problems with the reference."""
-    patch_once()
+    quicken()
     torch.set_num_threads(1)
     ops = operators(
         (kernels.prompt_attention, kernels.prompt_attention_backward),
