@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 RUN_PACKAGES := torch torchvision triton numpy safetensors tyro rich pillow open_clip_torch timm Jinja2 \
 	setuptools wheel pybind11 ninja cmake
-DEVELOP_PACKAGES := transformers matplotlib scipy scikit-learn pytest pytest-benchmark hypothesis mypy ruff clang-format
+DEVELOP_PACKAGES := transformers matplotlib scipy scikit-learn faiss-cpu pytest pytest-benchmark hypothesis mypy ruff clang-format
 
 RUN_STAMP := $(VENV)/.packages-to-run
 DEVELOP_STAMP := $(VENV)/.packages-to-develop
