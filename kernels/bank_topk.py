@@ -1,17 +1,17 @@
 """Exact top-k inner products in Triton: the bank is split between programs, a second kernel merges their lists.
 
-A candidate is one integer, (ordered bits of its score, inverted row): larger means a higher score, then a lower row, and
+A candidate is one integer, (ordered bits of its score, inverted row): larger means a higher score, then a lower row;
 no two candidates are equal. A program keeps the best LIST keys of each of its queries, unsorted; a block of candidates
 pays one reduction for each key it contributes, and none if nothing exceeds the smallest key of any list.
 
-    scan    whole bank: BLOCK_Q queries x BLOCK_N rows a step through tl.dot, float32 accumulation, every n_splits-th block
-            ranges: one query and pair a program, BLOCK_N rows a step, only rows of its ranges are read
+    scan    whole bank: BLOCK_Q queries x BLOCK_N rows a step through tl.dot, every n_splits-th block of rows
+            ranges: one query and pair a program, RANGE_N rows a step, only rows of its ranges are read
     merge   one list a program: the best keys of all splits, in order, and the bound of the next walk
 
-Lists longer than MAX_LIST are filled by ceil(k / MAX_LIST) walks over the bank; a walk takes only keys below the last one
-of the walk before. Workspace: 8 * LIST bytes for every list of every split, at most MAX_LISTS lists beside one for each
-query (or query and pair). Nothing waits for the GPU; the order of every sum is fixed, so results are bitwise repeatable
-and do not depend on the number of splits.
+Lists longer than MAX_LIST are filled by ceil(k / MAX_LIST) walks over the bank; a walk takes only keys below the last
+one of the walk before. Workspace: 8 * LIST bytes for every list of every split, at most MAX_LISTS lists, or one for
+each query (query and pair) if those are more. Nothing waits for the GPU. Sums are float32 and in a fixed order: results
+are bitwise repeatable and do not depend on the number of splits.
 """
 
 from __future__ import annotations
