@@ -1,6 +1,6 @@
-"""Registers, stack, spills and shared memory of every GPU kernel, compiled for sm_90a without a GPU.
+"""Registers, stack, spills, shared memory and special instructions of every GPU kernel, compiled without a GPU.
 
-``python -m tests.kernel_resources cuda|triton`` prints a JSON table; ``--write`` records both in
+``python -m tests.kernel_resources cuda`` and ``... triton OP`` print a JSON table; ``--write`` records all of them in
 tests/data/kernel_resources.json, which the tests compare against.
 """
 
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,51 @@ from tests.native_build import CSRC, ROOT, run, sources
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 SHARED_LIMIT = 232448  # bytes a block may use on sm_90
+JOBS = 2  # compilers at a time
+COMPILE_SECONDS = 900
+#: Machine instructions whose loss would go unnoticed in the results: matrix products and asynchronous copies. By the
+#: name that PTX has for them.
+PTX_NAMES = {"HGMMA": "wgmma.mma_async", "HMMA": "mma.sync", "LDGSTS": "cp.async.c", "UTMALDG": "cp.async.bulk.tensor"}
+SPECIAL = set(PTX_NAMES)
 
 
 def cuda_table() -> dict[str, Any]:
-    """Entry functions of the .cu files, from ptxas -v."""
+    """Entry functions of all .cu files, from ptxas -v and the machine code."""
     nvcc = shutil.which("nvcc")
     assert nvcc, "nvcc is not on PATH"
-    kernels: dict[str, dict[str, int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources("cuda"):
-            gencode = ["-gencode", "arch=compute_90a,code=sm_90a"]
-            flags = ["-std=c++17", "-O3", *gencode, "-Xptxas", "-v", f"-I{CSRC}", "-c"]
-            log = run([nvcc, *flags, source, "-o", Path(folder) / "kernel.o"]).stderr
-            kernels |= _parse_ptxas(log)
+    kernels: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
+        for source, found in zip(
+            sources("cuda"), pool.map(lambda s: _one_source(nvcc, s, Path(folder)), sources("cuda")), strict=True
+        ):
+            twice = kernels.keys() & found.keys()
+            assert not twice, f"{source.name} has kernels that another source has, too: {sorted(twice)}"
+            kernels |= found
     version = re.search(r"release (\S+),", run([nvcc, "--version"]).stdout)
     return {"compiler": f"nvcc {version[1] if version else 'unknown'}", "kernels": dict(sorted(kernels.items()))}
 
 
-def _parse_ptxas(log: str) -> dict[str, dict[str, int]]:
+def _one_source(nvcc: str, source: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    target = folder / f"{source.stem}.o"
+    gencode = ["-gencode", "arch=compute_90a,code=sm_90a"]
+    flags = ["-std=c++17", "-O3", *gencode, "-Xptxas", "-v", f"-I{CSRC}", "-c"]
+    log = _compile([nvcc, *flags, str(source), "-o", str(target)])
+    found = _parse_ptxas(log)
+    code = _instructions(target)
+    for mangled, usage in found.items():
+        usage["instructions"] = code.get(mangled, [])
+    return dict(zip(_short_names(list(found)), found.values(), strict=True))
+
+
+def _compile(command: list[str]) -> str:
+    """What a compiler says; large sources take minutes."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stderr
+
+
+def _parse_ptxas(log: str) -> dict[str, dict[str, Any]]:
+    """Usage by mangled name."""
     entry = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)",
@@ -46,7 +74,7 @@ def _parse_ptxas(log: str) -> dict[str, dict[str, int]]:
     found = {}
     for mangled, stack, stores, loads, registers, rest in entry.findall(log):
         shared = re.search(r"(\d+) bytes smem", rest)
-        found[_short_name(mangled)] = {
+        found[mangled] = {
             "registers": int(registers),
             "stack": int(stack),
             "spills": int(stores) + int(loads),
@@ -55,15 +83,45 @@ def _parse_ptxas(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _short_name(mangled: str) -> str:
-    """``grid_adapter_kernel<float, 4>`` out of a mangled name with a file-dependent namespace."""
-    full = run([shutil.which("cu++filt") or "c++filt", mangled]).stdout
-    match = re.search(r"(\w+)<(.*)>\(", full)
-    return f"{match[1]}<{match[2]}>".replace("(int)", "") if match else mangled
+def _short_names(mangled: list[str]) -> list[str]:
+    """``grid_adapter_kernel<float, 4>`` out of mangled names with a file-dependent namespace."""
+    if not mangled:
+        return []
+    readable = run([shutil.which("cu++filt") or "c++filt", *mangled]).stdout.splitlines()
+    return [_short_name(full) for full in readable]
 
 
-def triton_table() -> dict[str, Any]:
-    """Every Triton kernel and configuration, compiled ahead of time through a driver that owns no device."""
+def _short_name(full: str) -> str:
+    match = re.search(r"(\w+)(<.*>)?\((?!anonymous)", full)
+    return re.sub(r"\((int|bool|unsigned int|long)\)", "", match[1] + (match[2] or "")) if match else full
+
+
+def _instructions(binary: Path) -> dict[str, list[str]]:
+    """Instructions of ``SPECIAL`` in the machine code of each kernel, by mangled name."""
+    disassembler = shutil.which("cuobjdump") or str(_triton_tool("cuobjdump"))
+    found: dict[str, set[str]] = {}
+    names: set[str] = set()
+    for line in run([disassembler, "--dump-sass", binary]).stdout.splitlines():
+        if "Function :" in line:
+            names = found.setdefault(line.split(":")[1].strip(), set())
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]+)\b", line):
+            names |= {match[1]} & SPECIAL
+    return {name: sorted(held) for name, held in found.items()}
+
+
+def _triton_tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def triton_ops() -> list[str]:
+    """Ops with variants to compile."""
+    return [path.stem for path in sorted((ROOT / "tests" / "triton_variants").glob("[!_]*.py"))]
+
+
+def triton_table(op: str) -> dict[str, Any]:
+    """Every Triton kernel and configuration of an op, compiled ahead of time by a driver that owns no device."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -103,35 +161,37 @@ def triton_table() -> dict[str, Any]:
             return torch.cpu
 
     driver.set_active(NoDevice())
-    kernels = {}
-    for path in sorted((ROOT / "tests" / "triton_variants").glob("[!_]*.py")):
-        variants = importlib.import_module(f"tests.triton_variants.{path.stem}").variants
-        for name, compiled in variants(MockTensor):
-            kernels[f"{path.stem} {name}"] = _cubin_usage(compiled)
+    variants = importlib.import_module(f"tests.triton_variants.{op}").variants
+    kernels = {f"{op} {name}": _cubin_usage(compiled) for name, compiled in variants(MockTensor)}
     return {"compiler": f"triton {triton.__version__}", "kernels": kernels}
 
 
-def _cubin_usage(compiled: Any) -> dict[str, int]:
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _cubin_usage(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        log = run([cuobjdump, "--dump-resource-usage", file.name]).stdout
+        log = run([_triton_tool("cuobjdump"), "--dump-resource-usage", file.name]).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", log)}
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"],
         "spills": usage["LOCAL"],
         "shared": int(compiled.metadata.shared),
+        "instructions": sorted(name for name in SPECIAL if PTX_NAMES[name] in compiled.asm["ptx"]),
     }
 
 
-def in_own_process(kind: str) -> dict[str, Any]:
+def in_own_process(kind: str, op: str = "") -> dict[str, Any]:
     """A table made by a fresh interpreter (Triton's driver can be replaced only before its first use)."""
-    command = [sys.executable, "-m", "tests.kernel_resources", kind]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if kind == "triton" and not op:
+        with ThreadPoolExecutor(JOBS) as pool:
+            tables = list(pool.map(lambda name: in_own_process("triton", name), triton_ops()))
+        kernels = {name: usage for table in tables for name, usage in table["kernels"].items()}
+        return {"compiler": tables[0]["compiler"], "kernels": kernels}
+    command = [sys.executable, "-m", "tests.kernel_resources", kind, *([op] if op else [])]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=2 * COMPILE_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr
     table: dict[str, Any] = json.loads(done.stdout)
     return table
@@ -139,13 +199,13 @@ def in_own_process(kind: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print one table, or record both."""
-    tables = {"cuda": cuda_table, "triton": triton_table}
     if sys.argv[1:] == ["--write"]:
         TABLE.parent.mkdir(exist_ok=True)
-        recorded = {kind: in_own_process(kind) for kind in tables}
+        recorded = {kind: in_own_process(kind) for kind in ("cuda", "triton")}
         TABLE.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
         return
-    print(json.dumps(tables[sys.argv[1]](), indent=2))
+    table = triton_table(sys.argv[2]) if sys.argv[1] == "triton" else cuda_table()
+    print(json.dumps(table, indent=2))
 
 
 if __name__ == "__main__":

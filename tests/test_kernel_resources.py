@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tests.kernel_resources import SHARED_LIMIT, TABLE, _parse_ptxas, in_own_process
+from tests.kernel_resources import SHARED_LIMIT, TABLE, _parse_ptxas, _short_name, in_own_process, triton_ops
 
 NEEDS = {
     "cuda": (shutil.which("nvcc") is not None, "nvcc is not on PATH, so the CUDA sources cannot be compiled"),
@@ -32,6 +32,8 @@ def complaints(found: dict, recorded: dict) -> list[str]:
             problems.append(f"{name}: {usage['registers']} registers, {known['registers']} recorded")
         if usage["shared"] > min(SHARED_LIMIT, known["shared"] + 64 * slack):
             problems.append(f"{name}: {usage['shared']} bytes of shared memory, {known['shared']} recorded")
+        if lost := set(known.get("instructions", [])) - set(usage.get("instructions", [])):
+            problems.append(f"{name}: no {', '.join(sorted(lost))} instruction any more")
     return problems
 
 
@@ -46,12 +48,13 @@ def test_resources_are_as_recorded(kind):
 
 def test_every_dtype_and_width_is_recorded():
     table = json.loads(TABLE.read_text(encoding="utf-8"))
+    assert {name.split()[0] for name in table["triton"]["kernels"]} == set(triton_ops())
     for kind, name, expected in (("cuda", "grid_", 12), ("triton", "grid_adapter ", 9)):
         assert sum(kernel.startswith(name) for kernel in table[kind]["kernels"]) == expected
 
 
 def test_spills_growth_and_lost_kernels_are_complaints():
-    good = {"registers": 32, "stack": 0, "spills": 0, "shared": 0}
+    good = {"registers": 32, "stack": 0, "spills": 0, "shared": 0, "instructions": ["HGMMA"]}
     recorded = {"compiler": "nvcc 13.0", "kernels": {"a": good, "b": good}}
     assert complaints(recorded, recorded) == []
     for change, message in (
@@ -59,6 +62,7 @@ def test_spills_growth_and_lost_kernels_are_complaints():
         ({"stack": 16}, "stack"),
         ({"registers": 33}, "registers"),
         ({"shared": SHARED_LIMIT + 1}, "shared memory"),
+        ({"instructions": ["HMMA"]}, "no HGMMA instruction"),
     ):
         found = {"compiler": "nvcc 13.0", "kernels": {"a": {**good, **change}, "b": good}}
         assert any(message in problem for problem in complaints(found, recorded))
@@ -73,4 +77,17 @@ def test_the_reader_of_compiler_output_sees_spills():
         "ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem, 128 bytes cmem[0]\n"
     )
     usage = {"registers": 40, "stack": 8, "spills": 16, "shared": 4096}
-    assert _parse_ptxas(log) == {"k<float, 4>": usage}
+    assert _parse_ptxas(log) == {"_Z1kIfLi4EEvi": usage}
+
+
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("void (anonymous namespace)::k<float, (int)4>(Arguments)", "k<float, 4>"),
+        ("void _INTERNAL_1::k<(bool)1>((anonymous namespace)::Arguments)", "k<1>"),
+        ("(anonymous namespace)::plain(int, float*)", "plain"),
+        ("_Zunreadable", "_Zunreadable"),
+    ],
+)
+def test_names_of_kernels_lose_what_depends_on_the_file(full, short):
+    assert _short_name(full) == short
