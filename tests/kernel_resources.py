@@ -189,9 +189,7 @@ def in_own_process(kind: str, op: str = "") -> dict[str, Any]:
         kernels = {name: usage for table in tables for name, usage in table["kernels"].items()}
         return {"compiler": tables[0]["compiler"], "kernels": kernels}
     command = [sys.executable, "-m", "tests.kernel_resources", kind, *([op] if op else [])]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=2 * COMPILE_SECONDS, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * COMPILE_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     table: dict[str, Any] = json.loads(done.stdout)
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,15 @@ def check_count(op: str, name: str, value: int, low: int = 1) -> None:
     """``value`` is an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise CaptError(f"{op}: {name} must be an integer of at least {low}, found {value!r}")
+
+
+def differentiable_once(op: str, backward: str) -> None:
+    """Make derivatives of a backward op (``namespace::name``) raise: without autograd they would silently be zero."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise CaptError(
+            f"{op}: the kernels are differentiable once, but the gradient of a gradient was asked for; "
+            "use backend='reference' for higher derivatives"
+        )
+
+    torch.library.register_autograd(backward, refuse)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
+from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "grid_adapter"
@@ -96,7 +96,8 @@ def _check_arguments(
     batch, length, dim = tokens.shape
     check_tensor(OP, "weight", weight, (dim, 3, 3))
     check_float(OP, tokens=tokens, weight=weight, alpha=alpha if isinstance(alpha, Tensor) else None)
-    check(len(grid) == 2, f"{OP}: grid must be (height, width), found {grid}")
+    pair = isinstance(grid, tuple | list | torch.Size) and len(grid) == 2
+    check(pair, f"{OP}: grid must be (height, width), found {grid!r}")
     check_count(OP, "grid height", grid[0])
     check_count(OP, "grid width", grid[1])
     check_count(OP, "n_prefix", n_prefix, low=0)
@@ -105,6 +106,8 @@ def _check_arguments(
         f"{OP}: tokens has {length} tokens, but {n_prefix} prefix tokens and a {grid[0]}x{grid[1]} grid need at least "
         f"{n_prefix + grid[0] * grid[1]}; pass the grid of this image size",
     )
+    number = isinstance(alpha, Tensor | int | float)
+    check(number, f"{OP}: alpha must be a number or a torch.Tensor, found {type(alpha).__name__}")
     if isinstance(alpha, Tensor):
         one = alpha.numel() == 1 and alpha.dim() <= 1
         check(
@@ -175,6 +178,7 @@ def _complete(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::grid_adapter", _fake_adapter)
     torch.library.register_fake(f"{namespace}::grid_adapter_correlate", _fake_correlate)
     torch.library.register_autograd(f"{namespace}::grid_adapter", _gradients(namespace), setup_context=_save)
+    differentiable_once(OP, f"{namespace}::grid_adapter_correlate")
 
 
 def _triton_adapter(*args: Any) -> Tensor:

@@ -1,0 +1,230 @@
+"""Wrong arguments of the five ops: every one is a CaptError that names op and argument, before anything runs.
+
+And right ones in unusual layouts: views with any strides give what a contiguous copy gives.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from capt import ops
+from capt.errors import CaptError
+
+
+def floats(*shape):
+    return torch.ones(shape)
+
+
+def integers(*values):
+    return torch.tensor(values)
+
+
+RIGHT = {
+    "bank_topk": lambda: {"queries": floats(3, 8), "rows": floats(5, 8), "k": 2},
+    "confusion_pairs": lambda: {"logits": floats(3, 6), "k": 2},
+    "prompt_attention": lambda: {
+        "query": floats(2, 8),
+        "commonality": floats(4, 3, 8),
+        "difference": floats(5, 2, 8),
+        "commonality_index": integers([0, 1], [3, -1]),
+        "difference_index": integers([0, 1], [4, -1]),
+    },
+    "prompt_attention_shared": lambda: {
+        "commonality_query": floats(3, 8),
+        "difference_query": floats(3, 8),
+        "keys": floats(2, 5, 8),
+        "values": floats(2, 5, 8),
+        "n_heads": 2,
+    },
+    "expert_gating": lambda: {
+        "x": floats(4, 8),
+        "gate": floats(3, 8),
+        "w_in": floats(3, 6, 8),
+        "b_in": floats(3, 6),
+        "w_out": floats(3, 8, 6),
+        "b_out": floats(3, 8),
+        "top_k": 2,
+    },
+    "grid_adapter": lambda: {"tokens": floats(2, 5, 4), "weight": floats(4, 3, 3), "grid": (2, 2), "n_prefix": 1},
+}
+POSITIONAL = {
+    "bank_topk": ("queries", "rows"),
+    "confusion_pairs": ("logits",),
+    "prompt_attention": ("query", "commonality", "difference"),
+    "prompt_attention_shared": ("commonality_query", "difference_query", "keys", "values"),
+    "expert_gating": ("x", "gate", "w_in", "b_in", "w_out", "b_out"),
+    "grid_adapter": ("tokens", "weight"),
+}
+META = {"device": "meta"}
+WHOLE = {"dtype": torch.int64}
+STATISTICS = {"offsets": integers(0, 1, 1, 1, 1, 1, 1), "classes": integers(2), "counts": integers(3)}
+
+# op, what is changed, the argument that the message must name
+BAD = [
+    ("bank_topk", {"queries": [[1.0] * 8]}, "queries"),
+    ("bank_topk", {"queries": floats(8)}, "queries"),
+    ("bank_topk", {"queries": torch.ones(3, 8, **WHOLE), "rows": torch.ones(5, 8, **WHOLE)}, "queries"),
+    ("bank_topk", {"rows": floats(5, 7)}, "rows"),
+    ("bank_topk", {"rows": floats(5, 8).half()}, "rows"),
+    ("bank_topk", {"rows": torch.ones(5, 8, **META)}, "rows"),
+    ("bank_topk", {"k": 0}, "k"),
+    ("bank_topk", {"k": -3}, "k"),
+    ("bank_topk", {"k": 2.0}, "k"),
+    ("bank_topk", {"k": True}, "k"),
+    ("bank_topk", {"row_ids": torch.arange(5)}, "exclude"),
+    ("bank_topk", {"exclude": torch.arange(3)}, "row_ids"),
+    ("bank_topk", {"row_ids": torch.arange(4), "exclude": torch.arange(3)}, "row_ids"),
+    ("bank_topk", {"row_ids": torch.arange(5), "exclude": torch.arange(2)}, "exclude"),
+    ("bank_topk", {"row_ids": torch.arange(5).int(), "exclude": torch.arange(3)}, "row_ids"),
+    ("bank_topk", {"ranges": torch.zeros(3, 1, 2, **WHOLE)}, "ranges"),
+    ("bank_topk", {"ranges": torch.zeros(2, 1, 1, 2, **WHOLE)}, "ranges"),
+    ("bank_topk", {"ranges": torch.zeros(3, 1, 1, 2)}, "ranges"),
+    ("bank_topk", {"ranges": integers([[[0, 6]]], [[[0, 1]]], [[[0, 1]]])}, "ranges"),
+    ("bank_topk", {"ranges": integers([[[-1, 2]]], [[[0, 1]]], [[[0, 1]]])}, "ranges"),
+    ("bank_topk", {"backend": "gpu"}, "backend"),
+    ("bank_topk", {"backend": "cuda"}, "backend"),
+    ("confusion_pairs", {"logits": [[1.0, 2.0]]}, "logits"),
+    ("confusion_pairs", {"logits": floats(6)}, "logits"),
+    ("confusion_pairs", {"logits": torch.ones(3, 6, **WHOLE)}, "logits"),
+    ("confusion_pairs", {"logits": floats(3, 1)}, "logits"),
+    ("confusion_pairs", {"k": 0}, "k"),
+    ("confusion_pairs", {"k": "2"}, "k"),
+    ("confusion_pairs", {"offsets": STATISTICS["offsets"]}, "offsets"),
+    ("confusion_pairs", {**STATISTICS, "offsets": integers(0, 1)}, "offsets"),
+    ("confusion_pairs", {**STATISTICS, "offsets": integers(0, 2, 2, 2, 2, 2, 2)}, "offsets"),
+    ("confusion_pairs", {**STATISTICS, "classes": integers(6)}, "classes"),
+    ("confusion_pairs", {**STATISTICS, "counts": integers(3, 4)}, "counts"),
+    ("confusion_pairs", {**STATISTICS, "counts": torch.ones(1, **META)}, "counts"),
+    ("confusion_pairs", {"backend": "triton"}, "backend"),
+    ("prompt_attention", {"query": floats(2, 1, 8)}, "query"),
+    ("prompt_attention", {"commonality": floats(4, 3, 7)}, "commonality"),
+    ("prompt_attention", {"difference": floats(5, 8)}, "difference"),
+    ("prompt_attention", {"difference": torch.ones(5, 2, 8, **META)}, "difference"),
+    ("prompt_attention", {"query": torch.ones(2, 8, **WHOLE)}, "query"),
+    ("prompt_attention", {"commonality_index": integers([0, 1], [4, -1])}, "commonality_index"),
+    ("prompt_attention", {"difference_index": integers([0, 1], [4, -2])}, "difference_index"),
+    ("prompt_attention", {"commonality_index": integers([0, 1], [3, -1]).int()}, "commonality_index"),
+    ("prompt_attention", {"difference_index": integers([0], [1])}, "difference_index"),
+    ("prompt_attention", {"log_prior": floats(2, 3)}, "log_prior"),
+    ("prompt_attention", {"log_prior": torch.ones(2, 2, **WHOLE)}, "log_prior"),
+    ("prompt_attention", {"backend": "cuda"}, "backend"),
+    ("prompt_attention_shared", {"keys": floats(5, 8)}, "keys"),
+    ("prompt_attention_shared", {"keys": floats(2, 0, 8), "values": floats(2, 0, 8)}, "keys"),
+    ("prompt_attention_shared", {"values": floats(2, 4, 8)}, "values"),
+    ("prompt_attention_shared", {"commonality_query": floats(3, 7)}, "commonality_query"),
+    ("prompt_attention_shared", {"difference_query": floats(3, 3, 8)}, "difference_query"),
+    ("prompt_attention_shared", {"difference_query": floats(8)}, "difference_query"),
+    ("prompt_attention_shared", {"values": torch.ones(2, 5, 8, **WHOLE)}, "values"),
+    ("prompt_attention_shared", {"n_heads": 0}, "n_heads"),
+    ("prompt_attention_shared", {"n_heads": 3}, "n_heads"),
+    ("prompt_attention_shared", {"backend": "nvidia"}, "backend"),
+    ("expert_gating", {"x": floats(8)}, "x"),
+    ("expert_gating", {"x": torch.ones(4, 8, **WHOLE)}, "x"),
+    ("expert_gating", {"gate": floats(3, 7)}, "gate"),
+    ("expert_gating", {"gate": torch.ones(3, 8, **META)}, "gate"),
+    ("expert_gating", {"w_in": floats(2, 6, 8)}, "w_in"),
+    ("expert_gating", {"b_in": floats(3, 5)}, "b_in"),
+    ("expert_gating", {"w_out": floats(3, 6, 8)}, "w_out"),
+    ("expert_gating", {"b_out": floats(3, 6)}, "b_out"),
+    ("expert_gating", {"b_out": None}, "b_out"),
+    ("expert_gating", {"top_k": 0}, "top_k"),
+    ("expert_gating", {"top_k": 4}, "top_k"),
+    ("expert_gating", {"dropout": 1.0}, "dropout"),
+    ("expert_gating", {"dropout": -0.1}, "dropout"),
+    ("expert_gating", {"backend": "cuda"}, "backend"),
+    ("grid_adapter", {"tokens": [1.0]}, "tokens"),
+    ("grid_adapter", {"tokens": floats(5, 4)}, "tokens"),
+    ("grid_adapter", {"tokens": torch.ones(2, 5, 4, **WHOLE)}, "tokens"),
+    ("grid_adapter", {"weight": floats(4, 5, 5)}, "weight"),
+    ("grid_adapter", {"weight": torch.ones(4, 3, 3, **META)}, "weight"),
+    ("grid_adapter", {"alpha": floats(3)}, "alpha"),
+    ("grid_adapter", {"alpha": "0.5"}, "alpha"),
+    ("grid_adapter", {"grid": (3, 2)}, "grid"),
+    ("grid_adapter", {"grid": 2}, "grid"),
+    ("grid_adapter", {"grid": (0, 2)}, "grid"),
+    ("grid_adapter", {"n_prefix": -1}, "n_prefix"),
+    ("grid_adapter", {"backend": "triton"}, "backend"),
+]
+
+
+def call(op, arguments):
+    positional = [arguments.pop(name) for name in POSITIONAL[op]]
+    return getattr(ops, op)(*positional, **arguments)
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_the_unchanged_call_is_right(op):
+    call(op, RIGHT[op]())
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "name"), [pytest.param(*bad, id=f"{bad[0]}-{bad[2]}-{number}") for number, bad in enumerate(BAD)]
+)
+def test_a_bad_argument_is_named(op, change, name):
+    with pytest.raises(CaptError) as caught:
+        call(op, {**RIGHT[op](), **change})
+    message = str(caught.value)
+    assert message.startswith(f"{op}: ") and re.search(rf"\b{name}\b", message), message
+
+
+def test_there_are_many_bad_calls_of_every_op():
+    assert len(BAD) >= 40 and {op for op, _, _ in BAD} == set(RIGHT)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["bank_topk", "confusion_pairs"])
+def test_gradients_do_not_flow_through_a_search(op):
+    """Documented as "No gradient": inputs may ask for one, results do not carry it."""
+    arguments = {name: v.requires_grad_() if isinstance(v, torch.Tensor) else v for name, v in RIGHT[op]().items()}
+    assert not any(value.requires_grad for value in call(op, arguments))
+    assert "No gradient" in getattr(ops, op).__doc__
+
+
+def test_the_gradient_of_a_gradient_of_a_kernel_is_refused_and_the_reference_has_it():
+    def twice(backend):
+        leaves = [value.requires_grad_() for value in (torch.randn(1, 5, 4), torch.randn(4, 3, 3))]
+        out = ops.grid_adapter(*leaves, grid=(2, 2), n_prefix=1, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), leaves[0])[0]
+
+    assert twice("reference").abs().sum() > 0
+    with pytest.raises(CaptError, match="grid_adapter: the kernels are differentiable once"):
+        twice("cpu")
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------------
+
+
+def apart(value):
+    """The same numbers with no dimension contiguous."""
+    spread = torch.zeros([2 * size for size in value.shape], dtype=value.dtype)
+    view = spread[tuple(slice(None, None, 2) for _ in value.shape)]
+    return view.copy_(value)
+
+
+def turned(value):
+    """The same numbers, last dimension outermost."""
+    order = (value.dim() - 1, *range(value.dim() - 1))
+    return value.permute(order).contiguous().permute(*range(1, value.dim()), 0)
+
+
+@pytest.mark.parametrize("layout", [apart, turned])
+@pytest.mark.parametrize("op", RIGHT)
+def test_any_layout_gives_what_a_contiguous_copy_gives(op, layout):
+    arguments = RIGHT[op]()
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            arguments[name] = torch.randn(value.shape)
+    if op == "bank_topk":
+        arguments |= {"ranges": torch.tensor([[[[0, 2], [3, 5]]]] * 3), "row_ids": torch.arange(5),
+                      "exclude": torch.tensor([0, 4, -1])}  # fmt: skip
+    strange = {name: layout(v) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+    assert not all(v.is_contiguous() for v in strange.values() if isinstance(v, torch.Tensor))
+    found, wanted = call(op, strange), call(op, arguments)
+    for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other)
