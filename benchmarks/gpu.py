@@ -41,7 +41,7 @@ OUTPUT_KEPT = 3000
 
 @dataclass(frozen=True)
 class Part:
-    """A process. writes: it takes --out and --seconds and writes findings. environment: added to ours."""
+    """A process. writes: it takes --out and --until and writes findings. environment: added to ours."""
 
     name: str
     command: list[str]
@@ -103,7 +103,7 @@ def run_group(parts: list[Part], seconds: float) -> dict[str, dict[str, Any]]:
             out, log = Path(folder) / f"{number}.json", (Path(folder) / f"{number}.log").open("w+b")
             command = list(part.command)
             if part.writes:
-                command += ["--out", str(out), "--seconds", f"{max(1.0, seconds - GRACE):.0f}"]
+                command += ["--out", str(out), "--until", f"{time.time() + max(1.0, seconds - GRACE):.0f}"]
             environment = {**os.environ, "OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "0", **part.environment}
             if len(parts) == 1:
                 environment.pop("OMP_NUM_THREADS")

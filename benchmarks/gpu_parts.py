@@ -42,7 +42,7 @@ class Part:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.seeds, self.ops, self.out = options.device, options.seeds, options.ops, options.out
-        self.stop = time.monotonic() + options.seconds
+        self.stop = time.monotonic() + (options.seconds if options.until is None else options.until - time.time())
         self.data: dict[str, Any] = {"problems": []}
 
     def left(self) -> float:
@@ -234,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the findings")
     parser.add_argument("--device", default="cuda", choices=BACKENDS)
     parser.add_argument("--seconds", type=float, default=120.0, help="the part stops by itself after about this long")
+    parser.add_argument("--until", type=float, help="the same as a time of day, which imports count against")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--ops", nargs="*", default=[], help="only these; default: all that are found")
     options = parser.parse_args(arguments)

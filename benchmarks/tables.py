@@ -20,7 +20,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (op, direction, rivals, least), members in groups.items():
         ratios = [member["ratio"] for member in members]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        mean = geometric_mean(ratios)
         found.append(
             {
                 "op": op,
@@ -29,13 +29,27 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "shapes": list(dict.fromkeys(member["shape"] for member in members)),
                 "dtypes": list(dict.fromkeys(member["dtype"] for member in members)),
                 "rows": len(members),
-                "geometric_mean": float(f"{mean:.4g}"),
+                "geometric_mean": mean,
                 "lowest": min(ratios),
                 "goal": least,
                 "met": mean >= least and min(ratios) >= LEAST_RATIO,
             }
         )
     return found
+
+
+def speeds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By op: geometric mean of the ratios against the best rival of each row, and how many rows that are."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row["ratios"]:
+            ratios.setdefault(row["op"], []).append(min(row["ratios"].values()))
+    return {op: {"ratio": geometric_mean(found), "rows": len(found)} for op, found in sorted(ratios.items())}
+
+
+def geometric_mean(values: list[float]) -> float:
+    """To four digits."""
+    return float(f"{math.exp(sum(map(math.log, values)) / len(values)):.4g}")
 
 
 def markdown(header: list[str], lines: list[list[str]], left: int = 1) -> str:

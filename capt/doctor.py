@@ -11,8 +11,10 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from capt.errors import CaptError
 from capt.files import read_json, sha256
 
 Status = Literal["ok", "missing", "broken"]
@@ -25,8 +27,18 @@ OPTIONAL = {
     "jinja2": ("jinja2", "the HTML report", "report"),
     "triton": ("triton", "Triton kernels", "triton"),
 }
-# Sizes for which the choice of backend is shown, where it depends on them: one ViT-B/16 training batch.
-EXAMPLE_SHAPES: dict[str, dict[str, Any]] = {"grid_adapter": {"batch": 32, "grid": (14, 14), "dim": 768}}
+# Ops with native kernels, and sizes for which the choice of backend is shown: one training batch with ViT-B/16.
+EXAMPLE_SHAPES: dict[str, dict[str, Any]] = {
+    "bank_topk": {"n_queries": 32, "n_rows": 100_000, "dim": 512, "k": 10},
+    "confusion_pairs": {"batch": 32, "n_classes": 1000, "k": 5},
+    "expert_gating": {"tokens": 32, "dim": 768, "n_experts": 3, "top_k": 2},
+    "grid_adapter": {"batch": 32, "grid": (14, 14), "dim": 768},
+    "prompt_attention": {"batch": 32, "k": 3, "rows": (5, 5), "dim": 512},
+    "prompt_attention_shared": {"batch": 32, "rows": (400, 400), "n_keys": 197, "dim": 512},
+}
+# How much faster than the best alternative the CPU kernels were; written by scripts/docs.py.
+SPEED = Path(__file__).parent / "assets" / "kernel_speed.json"
+BUILD_TOOLS = {"cmake": ("cmake",), "ninja": ("ninja",), "a C++ compiler": ("c++", "g++", "clang++")}
 _GIB = 2**30
 
 
@@ -117,6 +129,20 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", "native library", "ok", text)
     else:
         yield Finding("kernels", "native library", "missing", f"{build.reason}; the PyTorch reference runs instead")
+    yield from _build_tools()
+    for op in (name for name in ops.__all__ if name.islower() and name != "explain"):
+        yield _op(op, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _build_tools() -> Iterator[Finding]:
+    lacking = [name for name, tools in BUILD_TOOLS.items() if not any(map(shutil.which, tools))]
+    if importlib.util.find_spec("pybind11") is None:
+        lacking.append("pybind11")
+    if lacking:
+        text = f"not found: {', '.join(lacking)}; 'pip install .' from here would leave the native kernels out"
+        yield Finding("kernels", "build tools", "missing", text)
+    else:
+        yield Finding("kernels", "build tools", "ok", "cmake, ninja, pybind11 and a C++ compiler")
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         yield Finding("kernels", "nvcc", "missing", "not on PATH; a build here has no CUDA kernels")
@@ -124,10 +150,31 @@ def _kernels() -> Iterator[Finding]:
         output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
         release = next((line.strip() for line in output.splitlines() if "release" in line), "found")
         yield Finding("kernels", "nvcc", "ok", release)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in (name for name in ops.__all__ if name.islower() and name != "explain"):
-        plan = ops.explain(op, **({**EXAMPLE_SHAPES[op], "device": device} if op in EXAMPLE_SHAPES else {}))
-        yield Finding("kernels", op, "ok", f"{plan.backend}: {plan.reason}")
+
+
+def _op(op: str, device: str) -> Finding:
+    """Backend of an op, why, and what it costs where a kernel is missing."""
+    from capt import ops
+
+    if op not in EXAMPLE_SHAPES:
+        plan = ops.explain(op)
+        return Finding("kernels", op, "ok", f"{plan.backend}: {plan.reason}")
+    plan = ops.explain(op, **EXAMPLE_SHAPES[op], device=device)
+    if plan.backend != "reference":
+        return Finding("kernels", op, "ok", f"{plan.backend}: {plan.reason}")
+    kernel = "cuda" if device == "cuda" else "cpu"
+    why = plan.rejected.get(kernel, plan.reason)
+    return Finding("kernels", op, "missing", f"reference, slower than a kernel: {why}{_cost(op)}")
+
+
+def _cost(op: str) -> str:
+    """What running without the kernel costs, as measured on a CPU; empty if it was not."""
+    try:
+        measured = read_json(SPEED)["ops"][op]
+    except (CaptError, KeyError):
+        return ""
+    share = f"{1 / measured['ratio']:.0%} of the time of the best alternative"
+    return f"; its CPU kernel took {share} ({measured['rows']} measured cases)"
 
 
 def _packages() -> Iterator[Finding]:

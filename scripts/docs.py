@@ -31,6 +31,7 @@ TUNING = ROOT / "docs" / "results" / "tuning.json"
 EXAMPLE = ROOT / "examples" / "drop_in.py"
 BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
 KERNELS = ROOT / "docs" / "kernels"
+SPEED = ROOT / "capt" / "assets" / "kernel_speed.json"
 MARK = re.compile(r"(<!-- benchmark: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -136,18 +137,27 @@ def broken_links() -> list[str]:
     return broken
 
 
+def kernel_speed() -> dict[Path, str]:
+    """What 'capt doctor' says about the cost of a missing kernel."""
+    if not BENCHMARKS.is_file():
+        return {}
+    recorded = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
+    content = {"commit": recorded["machine"].get("commit"), "ops": tables.speeds(recorded["rows"])}
+    return {SPEED: json.dumps(content, indent=1) + "\n"}
+
+
 def renewed() -> dict[Path, str]:
     """Every page with a generated part, as it should be."""
     pages = {ROOT / page: filled(page, (ROOT / page).read_text(encoding="utf-8"), parts)
              for page, parts in generated().items()}  # fmt: skip
-    return pages | kernel_pages()
+    return pages | kernel_pages() | kernel_speed()
 
 
 def main() -> None:
     """Entry point."""
     for path, new in renewed().items():
         page = path.relative_to(ROOT)
-        if new == path.read_text(encoding="utf-8"):
+        if path.is_file() and new == path.read_text(encoding="utf-8"):
             continue
         if "--check" in sys.argv[1:]:
             sys.exit(f"{page} is out of date: run 'make docs'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import capt
-from capt import _build
+from capt import _build, doctor
+from tests.conftest import CPU_LEVELS
 from tests.native_build import CSRC, ROOT, run, sources
 
 BINARIES = sorted((ROOT / "capt").glob("*.so")) or sorted(Path(capt.__file__).parent.glob("*.so"))
@@ -37,7 +39,7 @@ def test_kernels_include_no_torch_header_and_files_stay_short():
 def test_native_library_is_loaded_and_describes_itself():
     native = _build.native()
     assert native.loaded, native.reason
-    assert native.cpu_level in ("baseline", "avx2", "avx512") and native.compiler
+    assert native.cpu_level in CPU_LEVELS and native.compiler
     from capt import _C
 
     assert _C.build_info()["version"] == capt.__version__
@@ -149,6 +151,51 @@ def test_without_tools_a_pure_python_package_is_built(tmp_path):
     built = [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
     assert built and not [path for path in built if path.suffix == ".so"]
     assert any(path.parts[-2:] == ("kernels", "grid_adapter.py") for path in built)
+
+
+WITHOUT_KERNELS = """
+import json
+
+import capt.errors
+from capt import _build, doctor
+from tests.test_bad_calls import RIGHT, call
+
+assert not _build.native().loaded and _build.__file__.startswith(__import__("os").getcwd())
+for op, arguments in RIGHT.items():
+    call(op, arguments())
+    try:
+        call(op, {**arguments(), "backend": "cpu"})
+    except capt.errors.CaptError as error:
+        assert "was not built" in str(error), error
+    else:
+        raise AssertionError(op)
+print(json.dumps([finding.as_dict() for finding in doctor.examine()]))
+"""
+
+
+def test_the_pure_python_package_works_and_doctor_says_what_is_missing_and_what_it_costs(tmp_path):
+    done = setup_py(tmp_path, CAPT_NATIVE="OFF")
+    assert done.returncode == 0 and "no native kernels are built (CAPT_NATIVE=OFF)" in done.stderr
+    library = next((tmp_path / "b").glob("lib*"))
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"}
+    found = json.loads(run([sys.executable, "-c", WITHOUT_KERNELS], cwd=library, env=environment).stdout)
+    by_name = {finding["name"]: finding for finding in found if finding["topic"] == "kernels"}
+    assert "was not built" in by_name["native library"]["text"]
+    assert by_name["build tools"]["text"].startswith("not found: cmake, ninja, a C++ compiler")
+    assert by_name["nvcc"]["status"] == "missing"
+    for op in doctor.EXAMPLE_SHAPES:
+        assert by_name[op]["status"] == "missing" and "reference, slower than a kernel" in by_name[op]["text"]
+    assert re.search(r"took \d+% of the time of the best alternative", by_name["grid_adapter"]["text"])
+    assert all(finding["status"] != "broken" for finding in found), found
+
+
+def test_doctor_shows_the_backend_of_every_op(monkeypatch):
+    shown = {finding.name: finding for finding in doctor.examine() if finding.topic == "kernels"}
+    for op in doctor.EXAMPLE_SHAPES:
+        assert shown[op].status == "ok" and shown[op].text.startswith(("cpu: ", "cuda: ", "triton: "))
+    assert shown["pair_frontier"].text == "reference: no kernel yet for this op"
+    monkeypatch.setattr(doctor, "SPEED", Path("absent.json"))
+    assert doctor._cost("grid_adapter") == ""
 
 
 def test_required_native_build_without_tools_fails(tmp_path):

@@ -98,7 +98,15 @@ def test_a_sanitizer_that_does_not_work_here_is_not_an_error_of_ours(said, code,
 
 
 def a_part(tmp_path, **changes):
-    options = {"device": "cpu", "seeds": 5, "ops": [], "out": tmp_path / "part.json", "seconds": 60.0, **changes}
+    options = {
+        "device": "cpu",
+        "seeds": 5,
+        "ops": [],
+        "out": tmp_path / "part.json",
+        "seconds": 60.0,
+        "until": None,
+        **changes,
+    }
     return gpu_parts.Part(SimpleNamespace(**options))
 
 
