@@ -9,6 +9,17 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("capt_ops.so")
+#: What the Python part expects of the library; one built from older sources lacks some.
+OPS = (
+    "bank_topk",
+    "bank_topk_ranges",
+    "confusion_pairs",
+    "expert_mix",
+    "expert_router",
+    "grid_adapter",
+    "prompt_attention",
+    "prompt_attention_shared",
+)
 
 
 @dataclass(frozen=True)
@@ -41,5 +52,10 @@ def native() -> NativeBuild:
     except (OSError, RuntimeError, ImportError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return NativeBuild(False, f"the native library does not load with torch {torch.__version__}: {message}")
+    lacking = [name for name in OPS if not hasattr(torch.ops.capt, name)]
+    if lacking:
+        return NativeBuild(
+            False, f"the native library is older than this capt (no {', '.join(lacking)}); reinstall capt"
+        )
     info = _C.build_info()
     return NativeBuild(True, "", info["cuda"], info["cuda_archs"], info["cpu_level"], info["compiler"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capt import reference
 from capt.errors import CaptError
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
+from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, forced_impossible, slow_half
 
 OP = "expert_gating"
@@ -228,6 +228,8 @@ def _complete(namespace: str) -> None:
         f"{namespace}::expert_router", _router_gradients(namespace), setup_context=_save_router
     )
     torch.library.register_autograd(f"{namespace}::expert_mix", _mix_gradients(namespace), setup_context=_save_mix)
+    differentiable_once(OP, f"{namespace}::expert_router_backward")
+    differentiable_once(OP, f"{namespace}::expert_mix_backward")
 
 
 def _define_triton() -> None:

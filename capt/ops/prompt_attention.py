@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check_float, check_index_range, check_integer, check_same_device, check_tensor
+from capt.ops._checks import (
+    check_float,
+    check_index_range,
+    check_integer,
+    check_same_device,
+    check_tensor,
+    differentiable_once,
+)
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "prompt_attention"
@@ -219,6 +226,7 @@ def _complete(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::prompt_attention", _fake)
     torch.library.register_fake(f"{namespace}::prompt_attention_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::prompt_attention", _gradients(namespace), setup_context=_save)
+    differentiable_once(OP, f"{namespace}::prompt_attention_backward")
 
 
 def _triton_forward(*args: Any) -> Four:

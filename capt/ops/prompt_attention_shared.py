@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor
+from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "prompt_attention_shared"
@@ -187,6 +187,7 @@ def _complete(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::prompt_attention_shared", _fake)
     torch.library.register_fake(f"{namespace}::prompt_attention_shared_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::prompt_attention_shared", _gradients(namespace), setup_context=_save)
+    differentiable_once(OP, f"{namespace}::prompt_attention_shared_backward")
 
 
 def _triton_forward(*args: Any) -> Four:
