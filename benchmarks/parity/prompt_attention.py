@@ -66,6 +66,12 @@ def problem(seed: int) -> Problem:
     )
 
 
+def call(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
+    """The op on a problem, forward only."""
+    given = {name: value for name, value in problem.options.items() if name != "needs"}
+    return ops.prompt_attention(*problem.arguments[:3], **{**given, **options})
+
+
 def run(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
     """The two results, then the wanted gradients."""
     given = dict(problem.options)

@@ -59,6 +59,12 @@ def problem(seed: int) -> Problem:
     )
 
 
+def call(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
+    """The op on a problem, forward only."""
+    given = {name: value for name, value in problem.options.items() if name != "needs"}
+    return ops.prompt_attention_shared(*problem.arguments[:4], **{**given, **options})
+
+
 def run(problem: Problem, **options: Any) -> tuple[Tensor, ...]:
     """The four results, then the wanted gradients."""
     given = dict(problem.options)
