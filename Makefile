@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 RUN_PACKAGES := torch torchvision triton numpy safetensors tyro rich pillow open_clip_torch timm Jinja2 \
 	setuptools wheel pybind11 ninja cmake
-DEVELOP_PACKAGES := transformers matplotlib scipy scikit-learn faiss-cpu pytest pytest-benchmark hypothesis mypy ruff clang-format
+DEVELOP_PACKAGES := transformers matplotlib scipy scikit-learn faiss-cpu pytest pytest-benchmark pytest-xdist hypothesis mypy ruff clang-format
 
 RUN_STAMP := $(VENV)/.packages-to-run
 DEVELOP_STAMP := $(VENV)/.packages-to-develop
@@ -42,7 +42,7 @@ demo: $(RUN_STAMP) $(BUILD_STAMP)
 	$(PY) -m capt demo
 
 test: lint $(BUILD_STAMP)
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q --durations=10 -n auto --dist loadfile
 
 bench: $(DEVELOP_STAMP) $(BUILD_STAMP)
 	$(PY) -m pytest -q benchmarks --benchmark-only

@@ -23,7 +23,7 @@ CONFIGS: dict[tuple[int, bool], dict[str, int]] = {
     (2, True): {"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     (2, False): {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     (4, True): {"BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    (4, False): {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
+    (4, False): {"BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
 FEW_TOKENS = 64
 ROUTER_VALUES = 4096  # tokens x experts x columns a program of the router holds

@@ -108,7 +108,8 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
         "lse_difference": products[1],
         "commonality_query": scale * along[0] * _largest(keys),
         "difference_query": scale * along[1] * _largest(keys),
-        "keys": scale * max(a * _largest(query) for a, query in zip(along, queries, strict=True)),
+        # The terms of both streams, which may cancel.
+        "keys": scale * sum(a * _largest(query) for a, query in zip(along, queries, strict=True)),
         # The rounding of a float32 log-sum-exp passes into the probabilities.
         "values": max(map(_largest, upstream[:2])) * max(1.0, *map(_largest, oracle[2:4])),
     }
