@@ -6,6 +6,7 @@ makes the inputs and returns a Comparison.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,19 @@ class Comparison:
     flops: int
     floor: str
     goals: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+
+def without_failing(functions: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The functions that run here, each called once. A rival that raises is left out with a note; ours must not."""
+    found = {}
+    for name, function in functions.items():
+        try:
+            if name != "ours":
+                function()
+            found[name] = function
+        except Exception as error:
+            print(f"rival left out: {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    return found
 
 
 @dataclass(frozen=True)

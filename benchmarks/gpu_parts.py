@@ -28,6 +28,10 @@ PARITY = Path(__file__).parent / "parity"
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 SEEDS = 500
 REPEATS = 100
+#: Problems of the large band that a sanitizer sees: each of them takes it seconds.
+SANITIZED_LARGE = 3
+#: How an op says that a kernel of this kind does not exist, as opposed to one that should be there and is not.
+NO_SUCH_KERNEL = "this op has no such kernel"
 #: Failures kept word for word; more of the same do not help.
 KEPT = 5
 
@@ -78,15 +82,16 @@ def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 def parity_of(module: Any, backend: str, device: str, seeds: int, seconds: float) -> dict[str, Any]:
-    """At least ``seeds`` problems on one backend against the reference, and repeated runs of a few."""
+    """At least ``seeds`` problems and the large band on one backend against the reference, and repeated runs of one."""
     stop = time.monotonic() + seconds
     row: dict[str, Any] = {"backend": backend, "cases": 0, "failed": 0, "refused": 0, "failures": [], "note": ""}
-    seed = 0
-    while row["cases"] < seeds and seed < 2 * seeds:
+    row["repeats"] = 0
+    large = iter(large_seeds(module))
+    small = iter(range(2 * seeds))
+    while (number := next(large if row["cases"] >= seeds else small, None)) is not None:
         if time.monotonic() > stop:
             row["note"] = f"stopped after {seconds:.0f} s"
             break
-        seed, number = seed + 1, seed
         problem = module.problem(number)
         try:
             wrong = module.complaint(problem, on_cpu(module.run(problem.to(device), backend=backend)))
@@ -113,6 +118,24 @@ def parity_of(module: Any, backend: str, device: str, seeds: int, seconds: float
         row["failures"].append("repeated runs differ in their bits")
         row["failed"] += 1
     return row
+
+
+def large_seeds(module: Any) -> range:
+    """Seeds of the problems that reach what small ones never do; a module may have none."""
+    found: range = getattr(module, "LARGE_SEEDS", range(0))
+    return found
+
+
+def missing(row: dict[str, Any], device: str, seeds: int) -> list[str]:
+    """What a row of the table did not do that it should have."""
+    cases, repeats, found = row["cases"], row["repeats"], []
+    if not cases and device == "cuda" and NO_SUCH_KERNEL not in row["note"]:
+        found.append(f"no case ran ({row['note'] or 'no reason given'})")
+    if cases and (cases < seeds or row["note"].startswith("stopped")):
+        found.append(f"only {cases} of {seeds} cases and the large ones ({row['note']})")
+    if cases and repeats is not None and repeats < min(REPEATS, seeds):
+        found.append(f"only {repeats} of {min(REPEATS, seeds)} repeated runs")
+    return found
 
 
 def repeats_of(module: Any, backend: str, device: str, repeats: int, stop: float) -> int | None:
@@ -144,8 +167,8 @@ def parity(part: Part) -> None:
         rows.append(row)
         for failure in row["failures"]:
             part.wrong(f"parity of {op} on {backend}: {failure}")
-        if row["cases"] and row["cases"] < part.seeds:
-            part.wrong(f"parity of {op} on {backend}: only {row['cases']} of {part.seeds} cases ({row['note']})")
+        for lack in missing(row, part.device, part.seeds):
+            part.wrong(f"parity of {op} on {backend}: {lack}")
         part.save()
 
 
@@ -164,16 +187,19 @@ def integration(part: Part) -> None:
 
 
 def sanitized(part: Part) -> None:
-    """Small problems through the CUDA kernels and nothing else: what compute-sanitizer watches."""
+    """Small problems, then a few large ones, through the CUDA kernels alone: what compute-sanitizer watches."""
     part.data["runs"] = runs = {}
     backend = BACKENDS[part.device][0]
-    for number in range(part.seeds):  # ops in turn, so that a short run has seen all of them
+    for number in range(part.seeds + SANITIZED_LARGE):  # ops in turn, so that a short run has seen all of them
         for op in part.ops or parity_ops():
             if part.left() < 0:
                 return
             module = importlib.import_module(f"benchmarks.parity.{op}")
+            seeds = [small * 47 % SEEDS for small in range(part.seeds)] + list(large_seeds(module)[:SANITIZED_LARGE])
+            if number >= len(seeds):
+                continue
             try:
-                on_cpu(module.run(module.problem(number * 47 % SEEDS).to(part.device), backend=backend))
+                on_cpu(module.run(module.problem(seeds[number]).to(part.device), backend=backend))
             except CaptError:
                 continue
             runs[op] = runs.get(op, 0) + 1

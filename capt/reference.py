@@ -7,12 +7,33 @@ rounded once at the end. Arguments are assumed to be checked by ``capt.ops``. Se
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 #: Upper bound, in elements, of the temporaries of one chunk (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
+
+
+def own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run without autocast: like the kernels it chooses its precision itself."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        place = next(value.device.type for value in args if isinstance(value, Tensor))
+        if torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place):
+            with torch.autocast(place, enabled=False):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,6 +41,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@own_precision
 def grid_adapter(tokens: Tensor, weight: Tensor, alpha: Tensor | float, grid: tuple[int, int], n_prefix: int) -> Tensor:
     """Patch tokens ``x + alpha * depthwise_conv3x3(x)``; prefix and suffix tokens unchanged.
 
@@ -46,6 +68,7 @@ def ordered_keys(scores: Tensor, rows: Tensor) -> Tensor:
     return (ordered << 32) | (0xFFFFFFFF - rows)
 
 
+@own_precision
 def bank_topk(
     queries: Tensor,
     rows: Tensor,
@@ -72,7 +95,7 @@ def _topk_whole(
     best_index = queries.new_full((n_query, k), -1, dtype=torch.int64)
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        score = (queries @ rows[start:stop].to(accumulate).T).float()
+        score = (queries @ rows[start:stop].to(accumulate).T).float() + 0.0  # -0.0 becomes +0.0
         hidden = score.isnan()
         if exclude is not None and row_ids is not None:
             hidden |= (row_ids[None, start:stop] == exclude[:, None]) & (exclude[:, None] >= 0)
@@ -140,12 +163,13 @@ def _paired_dots(queries: Tensor, rows: Tensor, query: Tensor, row: Tensor, step
     """fp32 inner products queries[query[t]] . rows[row[t]], ``step`` pairs at a time."""
     accumulate = accumulate_dtype(queries.dtype)
     parts = [
-        (queries[query[t : t + step]].to(accumulate) * rows[row[t : t + step]].to(accumulate)).sum(-1).float()
+        (queries[query[t : t + step]].to(accumulate) * rows[row[t : t + step]].to(accumulate)).sum(-1).float() + 0.0
         for t in range(0, len(query), step)
     ]
     return torch.cat(parts) if parts else queries.new_empty(0, dtype=torch.float32)
 
 
+@own_precision
 def confusion_pairs(
     logits: Tensor,
     k: int,
@@ -181,6 +205,7 @@ def _first_argmax(values: Tensor) -> Tensor:
     return torch.where(values == top, index, values.shape[1] - 1).amin(dim=1)
 
 
+@own_precision
 def prompt_attention(
     query: Tensor,
     commonality: Tensor,
@@ -201,11 +226,13 @@ def _gathered_attention(query: Tensor, table: Tensor, index: Tensor, log_prior: 
     accumulate = accumulate_dtype(query.dtype)
     if table.shape[0] == 0:
         return torch.zeros_like(query)
-    rows = table[index.clamp_min(0)].to(accumulate)  # [B, k, s, d]
+    absent = (index < 0)[..., None]
+    # Zeros in place of absent rows: a weight of 0 does not undo a NaN.
+    rows = table[index.clamp_min(0)].to(accumulate).masked_fill(absent[..., None], 0.0)  # [B, k, s, d]
     score = torch.einsum("bd,bksd->bks", query.to(accumulate), rows) * scale
     if log_prior is not None:
         score = score + log_prior.to(accumulate)[..., None]
-    score = score.masked_fill((index < 0)[..., None], float("-inf")).flatten(1)
+    score = score.masked_fill(absent, float("-inf")).flatten(1)
     weight = _masked_softmax(score)
     return torch.einsum("br,brd->bd", weight, rows.flatten(1, 2)).to(query.dtype)
 
@@ -219,6 +246,7 @@ def _masked_softmax(score: Tensor) -> Tensor:
     return score.masked_fill(~any_alive, 0.0).softmax(-1) * any_alive
 
 
+@own_precision
 def prompt_attention_shared(
     commonality_query: Tensor, difference_query: Tensor, keys: Tensor, values: Tensor, n_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,6 +268,7 @@ def _shared_attention(query: Tensor, keys: Tensor, values: Tensor, n_heads: int,
     return out.flatten(-2).to(keys.dtype), lse
 
 
+@own_precision
 def expert_gating(
     x: Tensor,
     gate: Tensor,
@@ -256,6 +285,7 @@ def expert_gating(
     return expert_mix(x, weights, w_in, b_in, w_out, b_out, dropout, seed), weights, probs, load
 
 
+@own_precision
 def expert_router(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(weights [N, E], probs [N, E], load [E]): softmax of ``gate x``, the top_k largest of it renormalised, and the
     share of rows with a positive weight."""
@@ -268,15 +298,9 @@ def expert_router(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
     return weights, probs, load
 
 
+@own_precision
 def expert_mix(
-    x: Tensor,
-    weights: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-    dropout: float,
-    seed: int,
+    x: Tensor, weights: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, dropout: float, seed: int
 ) -> Tensor:
     """``y = sum_e w_e (W_out dropout(QuickGELU(W_in x + b_in)) + b_out)``; an expert with weight 0 counts as absent.
 
@@ -323,6 +347,7 @@ def _mix32(word: Tensor) -> Tensor:
     return word ^ (word >> 16)
 
 
+@own_precision
 def asymmetric_loss(
     logits: Tensor, targets: Tensor, gamma_pos: float, gamma_neg: float, margin: float, eps: float, reduction: str
 ) -> Tensor:
@@ -337,6 +362,7 @@ def asymmetric_loss(
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
+@own_precision
 def pair_frontier(scores: Tensor, group: Tensor, start: int, n_groups: int) -> tuple[Tensor, Tensor]:
     """Best score and lowest pair id per (image, group); see ``capt.ops.pair_frontier``.
 
@@ -354,6 +380,7 @@ def pair_frontier(scores: Tensor, group: Tensor, start: int, n_groups: int) -> t
     return best, index.masked_fill(index == none, -1)
 
 
+@own_precision
 def attention_readout(
     query: Tensor, keys: Tensor, values: Tensor, groups: Tensor, n_groups: int, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

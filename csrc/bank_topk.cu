@@ -385,12 +385,15 @@ bool is_aligned(const CaptBankTopkCuda& args) {
 int64_t whole_bank_parts(int64_t query_tiles, int64_t row_tiles, int64_t resident, int64_t most) {
   constexpr int64_t kOwnCost = 2;  // filling the pipeline, the first folds and the merge, in tiles
   int64_t best = 1, least = INT64_MAX;
-  for (int64_t parts = 1; parts <= smaller(row_tiles, most); ++parts) {
-    const int64_t cost = divide_up(query_tiles * parts, resident) * (divide_up(row_tiles, parts) + kOwnCost);
+  for (int64_t parts = 1; parts <= smaller(row_tiles, most);) {
+    const int64_t tiles = divide_up(row_tiles, parts);
+    const int64_t cost = divide_up(query_tiles * parts, resident) * (tiles + kOwnCost);
     if (cost < least) {
       least = cost;
       best = parts;
     }
+    if (tiles == 1) break;
+    parts = divide_up(row_tiles, tiles - 1);  // parts in between have as many tiles, and are more blocks
   }
   return best;
 }
@@ -401,10 +404,11 @@ Layout layout_of(const CaptBankTopkCuda& args) {
   const int64_t most =
       larger(1, smaller(kMostParts, (kBudget - 8 * layout.lists) / larger(1, layout.lists * (8 * args.k + 4))));
   const int64_t processors = multiprocessors();
+  layout.parts = args.parts;
   if (args.ranges != nullptr) {
     // Sixteen warps a multiprocessor; whole blocks of kRangeWarps parts once there are that many.
     const int64_t wanted = smaller(most, smaller(512, divide_up(processors * 16, larger(1, layout.lists))));
-    layout.parts = wanted >= kRangeWarps ? wanted / kRangeWarps * kRangeWarps : 1;
+    if (layout.parts == 0) layout.parts = wanted >= kRangeWarps ? wanted / kRangeWarps * kRangeWarps : 1;
   } else {
     layout.hopper = args.path != CAPT_BANK_TOPK_PORTABLE && bank::hopper_can(args);
     // A bank that fits the L2 cache is cheap to read again, and small query tiles merge on more blocks.
@@ -412,10 +416,11 @@ Layout layout_of(const CaptBankTopkCuda& args) {
     layout.queries = args.n_query <= 16 || cached ? 16 : args.n_query <= 64 || !layout.hopper ? 64 : 256;
     if (args.tile > 0) layout.queries = args.tile;
     const int64_t resident = processors * (layout.hopper && layout.queries > 16 ? 1 : 2);
-    layout.parts =
-        whole_bank_parts(divide_up(args.n_query, layout.queries), divide_up(args.n_rows, kTileRows), resident, most);
+    if (layout.parts == 0) {
+      layout.parts =
+          whole_bank_parts(divide_up(args.n_query, layout.queries), divide_up(args.n_rows, kTileRows), resident, most);
+    }
   }
-  if (args.parts > 0) layout.parts = args.parts;
   if (layout.parts == 1) return layout;
   layout.zeros = divide_up(layout.lists * 8, 16) * 16;
   layout.bytes = layout.zeros + layout.lists * layout.parts * (8 * args.k + 4);
@@ -425,6 +430,7 @@ Layout layout_of(const CaptBankTopkCuda& args) {
 template <typename T, int kQueries>
 int launch_portable(const Task& task, const Layout& layout, void* stream) {
   constexpr int kBytes = kStages * kStageBytes<kQueries> + Block<kQueries>::kBytes;
+  static_assert(kBytes <= 101376, "more shared memory than a block has on sm_86 and sm_89");
   auto* kernel = bank_topk_kernel<T, kQueries>;
   if (const int error = CAPT_ALLOW_SHARED(kernel, kBytes); error != 0) return error;
   const dim3 grid(static_cast<unsigned>(divide_up(task.args.n_query, kQueries)), static_cast<unsigned>(layout.parts));
@@ -454,7 +460,11 @@ int launch(const Task& task, const Layout& layout, void* stream) {
 
 }  // namespace
 
-extern "C" int64_t capt_bank_topk_cuda_workspace(const CaptBankTopkCuda* args) { return layout_of(*args).bytes; }
+extern "C" int64_t capt_bank_topk_cuda_workspace(CaptBankTopkCuda* args) {
+  const Layout layout = layout_of(*args);
+  args->parts = static_cast<int32_t>(layout.parts);
+  return layout.bytes;
+}
 
 extern "C" int capt_bank_topk_cuda(const CaptBankTopkCuda* args, void* stream) {
   const Layout layout = layout_of(*args);

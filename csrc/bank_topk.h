@@ -14,6 +14,9 @@ struct CaptBankTopk {
   const int64_t* exclude;  // [n_queries], or null; negative: nothing
   int64_t n_queries, n_rows, dim, k;
   int64_t query_stride, row_stride;  // in elements
+  // The loop over the rows is chosen for this many queries, however few one pass packs: otherwise scores would depend
+  // on the size of a pass. n_queries, or 1 where every pass packs a single query.
+  int64_t loop_queries;
   int32_t dtype;
 };
 

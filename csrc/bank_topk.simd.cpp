@@ -9,7 +9,8 @@
 
 namespace {
 
-// Up to this many queries are taken by channel_dots, more by panels. Tiles keep up with memory from two queries on.
+// Up to this many queries in a call are taken by channel_dots, more by panels. Tiles keep up with memory from two
+// queries on.
 template <typename T>
 constexpr int64_t kFew = 8;
 #ifdef __AMX_BF16__
@@ -28,7 +29,7 @@ void pack(const CaptBankTopk& args, int64_t first, int64_t count, void* packed) 
   typedef typename Product<T>::Row Row;
   const T* queries = static_cast<const T*>(args.queries) + first * args.query_stride;
   const int64_t padded = padded_dim(args.dim);
-  if (count > kFew<T>) {
+  if (args.loop_queries > kFew<T>) {
     // The last of the packed bytes hold one row.
     float* scratch = static_cast<float*>(packed) + (count + kPanelQueries - 1) / kPanelQueries * kPanelQueries * padded;
     return pack_queries(queries, args.query_stride, count, args.dim, static_cast<uint32_t*>(packed), scratch);
@@ -156,7 +157,7 @@ template <typename T>
 void scan(const CaptBankTopk& args, const void* packed, int64_t begin, int64_t end, CaptTopkLists& lists,
           void* scratch) {
   float* scores = static_cast<float*>(scratch);
-  if (lists.count <= kFew<T>) {
+  if (args.loop_queries <= kFew<T>) {
     scan_few<T>(args, packed, begin, end, lists, scores);
   } else {
     scan_many<T>(args, packed, begin, end, lists, scores, static_cast<uint32_t*>(scratch) + kPanelRows * kPanelQueries);

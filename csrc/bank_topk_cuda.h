@@ -27,12 +27,12 @@ struct CaptBankTopkCuda {
   int32_t dtype;
   int32_t path;  // enum CaptBankTopkPath; PORTABLE or AUTO with ranges
   // 0: chosen for the device and the sizes; tests set them.
-  int32_t parts;  // lists a query's rows are split over
+  int32_t parts;  // lists a query's rows are split over; capt_bank_topk_cuda_workspace fills it in
   int32_t tile;   // queries of a block: 16, 64 or, on the Hopper path, 256
 };
 
-// Bytes of workspace, at most 64 MiB when parts is 0.
-int64_t capt_bank_topk_cuda_workspace(const struct CaptBankTopkCuda* args);
+// Bytes of workspace, at most 64 MiB when parts is 0, which is replaced by the number chosen. To be called first.
+int64_t capt_bank_topk_cuda_workspace(struct CaptBankTopkCuda* args);
 
 // Asynchronous on `stream`, no allocation, no synchronisation; the return value is a cudaError_t (0: launched).
 int capt_bank_topk_cuda(const struct CaptBankTopkCuda* args, void* stream);

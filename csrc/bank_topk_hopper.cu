@@ -128,6 +128,7 @@ int launch(const Task& task, void* stream) {
   const bool bfloat = args.dtype == CAPT_BFLOAT16;
   if (const int error = make_tensor_map(&rows, args.rows, bfloat, args.n_rows, args.dim, kTileRows)) return error;
   if (const int error = make_tensor_map(&queries, args.queries, bfloat, args.n_query, args.dim, kQueries)) return error;
+  static_assert(Ring<kQueries>::kBytes <= 232448, "more shared memory than a block has on sm_90");
   auto* kernel = bank_topk_hopper_kernel<T, kQueries>;
   if (const int error = CAPT_ALLOW_SHARED(kernel, Ring<kQueries>::kBytes)) return error;
   const dim3 grid(static_cast<unsigned>((args.n_query + kQueries - 1) / kQueries), static_cast<unsigned>(task.parts));

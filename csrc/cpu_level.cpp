@@ -49,6 +49,6 @@ extern "C" int capt_cpu_level(void) {
 }
 
 extern "C" int capt_limit_cpu_level(int level) {
-  limit = level;
+  limit = level < CAPT_BASELINE ? CAPT_BASELINE : level;
   return capt_cpu_level();
 }

@@ -8,8 +8,8 @@
 //            Expert e owns rows [e * tokens, e * tokens + count[e]) of hidden and contribution: no offsets to wait for.
 //   product  block = a tile of rows of one expert x a tile of columns x a split of the depth. Tiles are found from the
 //            counts on the device, so the host never waits for the routing. Rows and matrix come in through
-//            asynchronous copies, three stages of 128 bytes a row, padded to 144 against bank conflicts; 16-bit storage
-//            is multiplied by tensor cores (16x8x16), float32 by multiply-adds.
+//            asynchronous copies, two or three stages of 128 bytes a row, padded to 144 against bank conflicts; 16-bit
+//            storage is multiplied by tensor cores (16x8x16), float32 by multiply-adds.
 //   dense path: every token is a row of every expert; a tile without a positive weight is left out.
 //
 //            depth ->  stage 0   stage 1   stage 2                warps, 128 x 128:  | 64x32 64x32 64x32 64x32 |
@@ -24,7 +24,6 @@
 
 namespace {
 
-constexpr int kStages = 3;
 constexpr int kRowBytes = 128;               // of depth in a stage
 constexpr int kPitchBytes = kRowBytes + 16;  // of a row in shared memory
 constexpr int kChunks = kRowBytes / 16;
@@ -109,6 +108,8 @@ struct Tile {
   static constexpr int kDepth = kRowBytes / sizeof(T);
   static constexpr int kPitch = kPitchBytes / sizeof(T);
   static constexpr int kStage = (kRows + kColumns) * kPitch;  // elements
+  // Three stages of the largest tile are more shared memory than sm_86, sm_89 and sm_12x give a block.
+  static constexpr int kStages = kLarge && kTensor ? 2 : 3;
   static constexpr int kBytes = kStages * kStage * static_cast<int>(sizeof(T));
   // Tensor cores: warps as kWarpRows x kWarpColumns, each with kM x kN fragments of 16x8.
   static constexpr int kWarpRows = kLarge ? 2 : 1;
@@ -119,6 +120,7 @@ struct Tile {
   static constexpr int kThreadRows = kThreads / 16;
   static constexpr int kA = kRows / kThreadRows;
   static constexpr int kB = kColumns / 16;
+  static_assert(kBytes <= 101376, "more shared memory than every device from sm_80 on has");
   static_assert(kTensor || (kA == 4 && kB % 4 == 0), "shapes of the float32 tiles");
 };
 
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(Tile<T, kLarge>::kThreads) expert_product_kern
     const int64_t steps = (end - begin + Shape::kDepth - 1) / Shape::kDepth;
     auto load = [&](int64_t step) {
       if (step < steps) {
-        T* into = stages + step % kStages * Shape::kStage + chunk_at;
+        T* into = stages + step % Shape::kStages * Shape::kStage + chunk_at;
         const int64_t k = begin + step * Shape::kDepth + chunk * (16 / static_cast<int>(sizeof(T)));
 #pragma unroll
         for (int i = 0; i < Shape::kRows / kStep; ++i) {
@@ -359,12 +361,12 @@ __global__ void __launch_bounds__(Tile<T, kLarge>::kThreads) expert_product_kern
       copy_async_commit();
     };
     auto accumulate = [&](auto& sum, auto multiply) {
-      for (int step = 0; step < kStages - 1; ++step) load(step);
+      for (int step = 0; step < Shape::kStages - 1; ++step) load(step);
       for (int64_t step = 0; step < steps; ++step) {
-        copy_async_wait<kStages - 2>();
+        copy_async_wait<Shape::kStages - 2>();
         __syncthreads();  // the stage is complete, and nobody reads the one that is filled next
-        load(step + kStages - 1);
-        const T* stage = stages + step % kStages * Shape::kStage;
+        load(step + Shape::kStages - 1);
+        const T* stage = stages + step % Shape::kStages * Shape::kStage;
         const int64_t left = end - begin - step * Shape::kDepth;
         multiply(stage, stage + Shape::kRows * Shape::kPitch,
                  static_cast<int>(left < Shape::kDepth ? left : Shape::kDepth), sum);

@@ -24,6 +24,7 @@ constexpr int kSide = 16;          // threads in each direction
 constexpr int kThreads = kSide * kSide;
 constexpr int kEach = kTile / kSide;
 constexpr size_t kSharedBytes = 3 * kTile * kPitch * sizeof(float);
+static_assert(kSharedBytes <= kMostShared, "more shared memory than every device from sm_80 on has");
 
 using Quad = Pack<float, 4>;
 
@@ -267,7 +268,9 @@ __global__ void __launch_bounds__(kThreads) shared_keys_kernel(CaptPromptAttenti
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) slope[i][j] = p[i][j] * (slope[i][j] - delta[j]);
+        for (int j = 0; j < kEach; ++j) {
+          slope[i][j] = tx + kSide * j < rows ? p[i][j] * (slope[i][j] - delta[j]) : 0.0f;
+        }
       }
       store_factors(factors, slope);
       __syncthreads();
@@ -320,8 +323,8 @@ __global__ void __launch_bounds__(kThreads) shared_query_kernel(CaptPromptAttent
       for (int i = 0; i < kEach; ++i) {
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
-          const float weight = tx + kSide * j < keys ? expf(p[i][j] * args.scale - lse[i]) : 0.0f;
-          slope[i][j] = weight * (slope[i][j] - delta[i]);
+          const float weight = expf(p[i][j] * args.scale - lse[i]);
+          slope[i][j] = tx + kSide * j < keys ? weight * (slope[i][j] - delta[i]) : 0.0f;
         }
       }
       store_factors(factors, slope);
@@ -340,18 +343,18 @@ __global__ void __launch_bounds__(kThreads) shared_query_kernel(CaptPromptAttent
 
 unsigned tiles_of(int64_t count) { return static_cast<unsigned>((count + kTile - 1) / kTile); }
 
-dim3 grid_of(const CaptPromptAttentionSharedCuda& args, int64_t images, unsigned tiles) {
-  return dim3(static_cast<unsigned>(images * args.heads) * tiles, tiles_of(args.head_dim));
-}
-
 // More than 48 KB of shared memory has to be allowed for each kernel.
-#define CAPT_TILED(kernel, images, tiles)                                                                          \
-  do {                                                                                                             \
-    const int refused = CAPT_ALLOW_SHARED((kernel), kSharedBytes);                                                 \
-    if (refused != 0) return refused;                                                                              \
-    CAPT_LAUNCH_SHARED((kernel), grid_of(args, images, tiles), dim3(kThreads), kSharedBytes, stream, args, tiles); \
-    const int error = CAPT_LAST_ERROR();                                                                           \
-    if (error != 0) return error;                                                                                  \
+#define CAPT_TILED(kernel, images, tiles)                                                                      \
+  do {                                                                                                         \
+    const int refused = CAPT_ALLOW_SHARED((kernel), kSharedBytes);                                             \
+    if (refused != 0) return refused;                                                                          \
+    const unsigned number = tiles;                                                                             \
+    const int64_t owners = (images) * args.heads * number;                                                     \
+    if (owners > kMostBlocks) return kTooManyBlocks;                                                           \
+    CAPT_LAUNCH_SHARED((kernel), dim3(static_cast<unsigned>(owners), tiles_of(args.head_dim)), dim3(kThreads), \
+                       kSharedBytes, stream, args, number);                                                    \
+    const int error = CAPT_LAST_ERROR();                                                                       \
+    if (error != 0) return error;                                                                              \
   } while (0)
 
 template <typename T>
@@ -366,8 +369,9 @@ int backward(const CaptPromptAttentionSharedCuda& args, void* stream) {
   const int64_t rows = stacked_rows(args);
   const int64_t numbers = args.batch * rows * args.heads;
   if (numbers > 0) {
-    const auto blocks = static_cast<unsigned>((numbers + kThreads - 1) / kThreads);
-    CAPT_LAUNCH((shared_delta_kernel<T>), dim3(blocks), dim3(kThreads), stream, args);
+    const int64_t blocks = (numbers + kThreads - 1) / kThreads;
+    if (blocks > kMostBlocks) return kTooManyBlocks;
+    CAPT_LAUNCH((shared_delta_kernel<T>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, args);
     const int error = CAPT_LAST_ERROR();
     if (error != 0) return error;
   }

@@ -85,6 +85,12 @@ struct QueryTile {
   bool per_image;
 };
 
+// Limits of a launch: blocks along x (more: cudaErrorInvalidConfiguration); bytes of shared memory that every device
+// from sm_80 on gives a block (sm_86, sm_89 and sm_12x: 99 KiB).
+constexpr int64_t kMostBlocks = 0x7FFFFFFF;
+constexpr int kTooManyBlocks = 9;
+constexpr size_t kMostShared = 101376;
+
 __host__ __device__ __forceinline__ int64_t query_tiles(const CaptPromptAttentionSharedCuda& args, int64_t tile) {
   return (args.query[0].rows + tile - 1) / tile + (args.query[1].rows + tile - 1) / tile;
 }

@@ -60,6 +60,10 @@ inline void put_pair(Bfloat* target, Vector low, Vector high) {
 // Like soften(): n scores times `unit` become exponentials, rounded into `rounded` and zero up to a multiple of 32.
 inline float soften_tile(float* score, Bfloat* rounded, int64_t n, float unit, float* top, float* sum) {
   const int64_t padded = round_up(n, kTileDepth);
+  if (unit == 0.0f) {  // before the padding: -inf * 0 is NaN
+    for (int64_t l = 0; l < n; ++l) score[l] *= unit;
+    unit = 1.0f;
+  }
   for (int64_t pad = n; pad < padded; ++pad) score[pad] = -INFINITY;
   Vector high = load(score);
   for (int64_t l = kWidth; l < padded; l += kWidth) {

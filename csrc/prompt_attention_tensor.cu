@@ -349,13 +349,14 @@ __global__ void __launch_bounds__(kThreads) tensor_keys_kernel(CaptPromptAttenti
     __syncthreads();
     if (mine) {
       const int count = static_cast<int>(all - start < kPass ? all - start : kPass);
-      FragmentC p[kPass / 8] = {};  // keys x rows; past the last row the gradients are zeros
+      FragmentC p[kPass / 8] = {};  // keys x rows; 0 past the last row, where 0 * infinity may stand
       add_products<T, kHead, kPass>(keys, 16 * warp(), queries, count, head, p);
 #pragma unroll
       for (int n = 0; n < kPass / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[n].value[i] = exp2f(p[n].value[i] * factor - lse[8 * n + 2 * (lane() % 4) + i % 2]);
+          const int r = 8 * n + 2 * (lane() % 4) + i % 2;
+          p[n].value[i] = r < count ? exp2f(p[n].value[i] * factor - lse[r]) : 0.0f;
         }
       }
       if (args.grad_values != nullptr) add_weighted<T, kHead, kPass>(p, grads, count, head, grad_values);
@@ -366,7 +367,8 @@ __global__ void __launch_bounds__(kThreads) tensor_keys_kernel(CaptPromptAttenti
         for (int n = 0; n < kPass / 8; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            p[n].value[i] *= slope[n].value[i] - delta[8 * n + 2 * (lane() % 4) + i % 2];
+            const int r = 8 * n + 2 * (lane() % 4) + i % 2;
+            p[n].value[i] = r < count ? p[n].value[i] * (slope[n].value[i] - delta[r]) : 0.0f;
           }
         }
         add_weighted<T, kHead, kPass>(p, queries, count, head, grad_keys);
@@ -425,8 +427,8 @@ __global__ void __launch_bounds__(kThreads) tensor_query_kernel(CaptPromptAttent
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const bool inside = 8 * n + 2 * (lane() % 4) + i % 2 < count;
-            const float weight = inside ? exp2f(p[n].value[i] * factor - lse[i / 2]) : 0.0f;
-            slope[n].value[i] = weight * (slope[n].value[i] - delta[i / 2]);
+            const float weight = exp2f(p[n].value[i] * factor - lse[i / 2]);
+            slope[n].value[i] = inside ? weight * (slope[n].value[i] - delta[i / 2]) : 0.0f;
           }
         }
         add_weighted<T, kHead, kPass>(slope, keys, count, head, sum);
@@ -451,15 +453,17 @@ unsigned resident_parts(const CaptPromptAttentionSharedCuda& args) {
   return static_cast<unsigned>(parts < tiles ? parts : tiles);
 }
 
-#define CAPT_TENSOR(kernel, images, parts, elements, more)                                                           \
-  do {                                                                                                               \
-    const size_t bytes = static_cast<size_t>(elements) * sizeof(T) + (more);                                         \
-    const int refused = CAPT_ALLOW_SHARED((kernel), bytes);                                                          \
-    if (refused != 0) return refused;                                                                                \
-    const unsigned number = parts;                                                                                   \
-    CAPT_LAUNCH_SHARED((kernel), dim3(static_cast<unsigned>((images) * args.heads) * number), dim3(kThreads), bytes, \
-                       stream, args, number);                                                                        \
-    return CAPT_LAST_ERROR();                                                                                        \
+#define CAPT_TENSOR(kernel, images, parts, elements, more)                                                          \
+  do {                                                                                                              \
+    constexpr size_t bytes = static_cast<size_t>(elements) * sizeof(T) + (more);                                    \
+    static_assert(bytes <= kMostShared, "more shared memory than every device from sm_80 on has");                  \
+    const int refused = CAPT_ALLOW_SHARED((kernel), bytes);                                                         \
+    if (refused != 0) return refused;                                                                               \
+    const unsigned number = parts;                                                                                  \
+    const int64_t blocks = (images) * args.heads * number;                                                          \
+    if (blocks > kMostBlocks) return kTooManyBlocks;                                                                \
+    CAPT_LAUNCH_SHARED((kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), bytes, stream, args, number); \
+    return CAPT_LAST_ERROR();                                                                                       \
   } while (0)
 
 template <typename T, int kHead>

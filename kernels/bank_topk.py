@@ -12,9 +12,14 @@ Lists longer than MAX_LIST are filled by ceil(k / MAX_LIST) walks over the bank;
 one of the walk before. Workspace: 8 * LIST bytes for every list of every split, at most MAX_LISTS lists, or one for
 each query (query and pair) if those are more. Nothing waits for the GPU. Sums are float32 and in a fixed order: results
 are bitwise repeatable and do not depend on the number of splits.
+
+Counts are not compiled in. Of the layouts one is: contiguous features, everything a multiple of 16, for wide loads;
+any other bank (column-major, odd widths) takes a kernel that reads element by element.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +29,11 @@ from torch import Tensor
 BLOCK_Q = 16
 BLOCK_N = 64
 BLOCK_D = 64
+STRIDED_D = 32  # features a step where each needs an address of its own
 RANGE_N = 32  # rows a step of the scan of ranges
 BLOCK_M = 256  # keys a step of the merge
-MAX_LIST = 128  # keys of a list
+MIN_LIST = 8  # keys of a list: powers of 2 from here on
+MAX_LIST = 128
 MAX_LISTS = 8448  # lists of all splits together: four programs a multiprocessor of a large GPU
 MIN_BLOCKS = 4  # steps of a split
 NUM_WARPS = 8
@@ -34,6 +41,9 @@ RANGE_WARPS = 4
 RANGE_REGISTERS = 128  # left alone, ptxas spills rather than use more than 64
 #: Below the key of every score that may be returned: the key of -infinity with an impossible row.
 NONE = tl.constexpr(-(0x7F800000 << 32))
+COUNTS = ["n_query", "n_rows", "n_splits"]
+RANGE_COUNTS = ["n_pairs", "n_ranges", "n_rows", "n_splits"]
+LAYOUT = ["queries", "rows", "dim", "row_stride", "row_step"]
 
 
 @triton.jit
@@ -45,9 +55,9 @@ def _keys(score, row, valid):
     return tl.where(valid & (score > -float("inf")), (ordered << 32) | (0xFFFFFFFF - row), NONE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_kernel(
-    queries,  # [Q, d]
+    queries,  # [Q, d], contiguous
     rows,  # [N, d]
     row_ids,  # [N] int64; unused without EXCLUDE
     exclude,  # [Q] int64
@@ -56,8 +66,6 @@ def _scan_kernel(
     n_query,
     n_rows,
     dim,
-    query_stride,
-    query_step,
     row_stride,
     row_step,
     n_splits,
@@ -70,19 +78,20 @@ def _scan_kernel(
     UPCAST: tl.constexpr,
 ):
     split = tl.program_id(1)
-    q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    q = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     slot = tl.arange(0, LIST)
     keys = tl.full((BLOCK_Q, LIST), NONE, dtype=tl.int64)
     least = tl.min(keys, axis=1)
     unwanted = tl.load(exclude + q, mask=q < n_query, other=-1) if EXCLUDE else q
     limit = tl.load(limits + q, mask=q < n_query, other=NONE) if LIMITED else q
-    for start in range(split * BLOCK_N, n_rows, n_splits * BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    wide = tl.full((), BLOCK_N, dtype=tl.int64)
+    for block in range(split, (n_rows - 1) // BLOCK_N + 1, n_splits):  # blocks, not rows: those could pass 2^31
+        row = block * wide + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
         for first in range(0, dim, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
+            d = first + tl.arange(0, BLOCK_D).to(tl.int64)
             left = tl.load(
-                queries + q[:, None] * query_stride + d[None, :] * query_step,
+                queries + q[:, None] * dim + d[None, :],
                 mask=(q < n_query)[:, None] & (d < dim)[None, :],
                 other=0.0,
             )
@@ -114,9 +123,9 @@ def _scan_kernel(
     tl.store(target, keys, mask=(q < n_query)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANGE_COUNTS)
 def _scan_ranges_kernel(
-    queries,  # [Q, d]
+    queries,  # [Q, d], contiguous
     rows,  # [N, d]
     ranges,  # [Q * P, S, 2] int64
     row_ids,  # [N] int64; unused without EXCLUDE
@@ -127,8 +136,6 @@ def _scan_ranges_kernel(
     n_ranges,
     n_rows,
     dim,
-    query_stride,
-    query_step,
     row_stride,
     row_step,
     n_splits,
@@ -161,8 +168,8 @@ def _scan_ranges_kernel(
                 valid = valid & ((ids != unwanted) | (unwanted < 0))
             product = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
             for first in range(0, dim, BLOCK_D):
-                d = first + tl.arange(0, BLOCK_D)
-                left = tl.load(queries + q * query_stride + d * query_step, mask=d < dim, other=0.0)
+                d = first + tl.arange(0, BLOCK_D).to(tl.int64)
+                left = tl.load(queries + q * dim + d, mask=d < dim, other=0.0)
                 right = tl.load(
                     rows + row[:, None] * row_stride + d[None, :] * row_step,
                     mask=valid[:, None] & (d < dim)[None, :],
@@ -182,7 +189,12 @@ def _scan_ranges_kernel(
     tl.store(lists + (segment * n_splits + split) * LIST + slot, keys)
 
 
-@triton.jit
+# For every other layout.
+_scan_strided_kernel = triton.jit(_scan_kernel.fn, do_not_specialize=COUNTS + LAYOUT)
+_scan_ranges_strided_kernel = triton.jit(_scan_ranges_kernel.fn, do_not_specialize=RANGE_COUNTS + LAYOUT)
+
+
+@triton.jit(do_not_specialize=["n_keys", "k", "first", "count"])
 def _merge_kernel(
     lists,  # [n_lists, n_keys] int64
     limits,  # [n_lists] int64, written
@@ -227,6 +239,16 @@ def _splits(n_groups: int, lists_a_group: int, n_blocks: int) -> int:
     return max(1, min(MAX_LISTS // max(1, n_groups * lists_a_group), n_blocks // MIN_BLOCKS))
 
 
+def _is_wide(queries: Tensor, rows: Tensor) -> bool:
+    """Contiguous features, lines and addresses at multiples of 16."""
+    sizes = (rows.stride(0), rows.shape[1], rows.data_ptr(), queries.data_ptr())
+    return rows.stride(1) == 1 and all(size % 16 == 0 for size in sizes)
+
+
+def _width(k: int) -> int:
+    return min(MAX_LIST, max(MIN_LIST, triton.next_power_of_2(k)))
+
+
 def _outputs(queries: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     scores = queries.new_full(shape, float("-inf"), dtype=torch.float32)
     return scores, queries.new_full(shape, -1, dtype=torch.int64)
@@ -241,13 +263,16 @@ def bank_topk(
     score, index = _outputs(queries, (n_query, k))
     if n_query == 0 or n_rows == 0:
         return score, index
-    width = min(MAX_LIST, triton.next_power_of_2(k))
+    width = _width(k)
+    queries = queries.contiguous()
     groups = triton.cdiv(n_query, BLOCK_Q)
     n_splits = _splits(groups, BLOCK_Q, triton.cdiv(n_rows, BLOCK_N))
     lists = queries.new_empty((n_query, n_splits, width), dtype=torch.int64)
     limits = queries.new_empty((n_query,), dtype=torch.int64)
+    scan: Any
+    scan, block_d = (_scan_kernel, BLOCK_D) if _is_wide(queries, rows) else (_scan_strided_kernel, STRIDED_D)
     for first in range(0, min(k, n_rows), width):
-        _scan_kernel[(groups, n_splits)](
+        scan[(groups, n_splits)](
             queries,
             rows,
             limits if row_ids is None else row_ids,
@@ -257,7 +282,6 @@ def bank_topk(
             n_query,
             n_rows,
             dim,
-            *queries.stride(),
             *rows.stride(),
             n_splits,
             EXCLUDE=exclude is not None,
@@ -265,7 +289,7 @@ def bank_topk(
             LIST=width,
             BLOCK_Q=BLOCK_Q,
             BLOCK_N=BLOCK_N,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=block_d,
             UPCAST=not queries.is_cuda,
             num_warps=NUM_WARPS,
         )
@@ -283,15 +307,20 @@ def bank_topk_ranges(
     n_lists = n_query * n_pairs
     if n_lists == 0 or n_rows == 0 or n_ranges == 0:
         return score, index
-    width = min(MAX_LIST, triton.next_power_of_2(k))
+    width = _width(k)
+    queries = queries.contiguous()
     n_splits = _splits(n_lists, 1, min(64, triton.cdiv(n_rows, RANGE_N)))
     lists = queries.new_empty((n_lists, n_splits, width), dtype=torch.int64)
     limits = queries.new_empty((n_lists,), dtype=torch.int64)
+    ranges = ranges.contiguous()
+    wide = _is_wide(queries, rows)
+    scan: Any
+    scan, block_d = (_scan_ranges_kernel, BLOCK_D) if wide else (_scan_ranges_strided_kernel, STRIDED_D)
     for first in range(0, min(k, n_rows), width):
-        _scan_ranges_kernel[(n_lists, n_splits)](
+        scan[(n_lists, n_splits)](
             queries,
             rows,
-            ranges.contiguous(),
+            ranges,
             limits if row_ids is None else row_ids,
             limits if exclude is None else exclude,
             limits,
@@ -300,14 +329,13 @@ def bank_topk_ranges(
             n_ranges,
             n_rows,
             dim,
-            *queries.stride(),
             *rows.stride(),
             n_splits,
             EXCLUDE=exclude is not None,
             LIMITED=first > 0,
             LIST=width,
             BLOCK_N=RANGE_N,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=block_d,
             num_warps=RANGE_WARPS,
             maxnreg=RANGE_REGISTERS,
         )

@@ -6,6 +6,7 @@
 Forward program: (BLOCK_P tokens, BLOCK_C channels) of one image; the nine neighbours come from L1/L2 after the first
 read. Partial-sum program: one image, one kernel row (3 taps), BLOCK_C channels; it walks the grid in steps of BLOCK_P,
 so the sum's order is fixed and results are bitwise repeatable. Loads are widened to float32 before any arithmetic.
+Programs are numbered along one axis, channels first, images last: the other axes end at 65,535.
 """
 
 from __future__ import annotations
@@ -40,33 +41,41 @@ def _adapter_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (token < length)[:, None] & (c < dim)[None, :]
+    program = tl.program_id(0)
+    n_channel_blocks, n_token_blocks = tl.cdiv(dim, BLOCK_C), tl.cdiv(length, BLOCK_P)
+    c = program % n_channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    program //= n_channel_blocks
+    token = program % n_token_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    b = (program // n_token_blocks).to(tl.int64)
+    channels = c < dim
+    inside = (token < length)[:, None] & channels[None, :]
     cell = token - n_prefix
     y = cell // width
     x = cell - y * width
     on_grid = (cell >= 0) & (cell < height * width)
-    image = tokens + b * batch_stride
-    place = token[:, None].to(tl.int64) * token_stride + c[None, :]
-    centre = tl.load(image + place, mask=inside, other=0.0)
+    has_left, has_right = x > 0, x + 1 < width
+    place = tokens + b * batch_stride + (token[:, None].to(tl.int64) * token_stride + c[None, :])
+    taps = weight + c * 9
+    centre = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for i in tl.static_range(3):
+        row = y + (i - 1)
+        row_valid = on_grid & (row >= 0) & (row < height)
         for j in tl.static_range(3):
-            row = y + (i - 1)
-            column = x + (j - 1)
-            valid = on_grid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            valid = row_valid
+            if j == 0:
+                valid = row_valid & has_left
+            if j == 2:
+                valid = row_valid & has_right
             offset = ((i - 1) * width + (j - 1)) * token_stride
-            neighbour = tl.load(image + place + offset, mask=inside & valid[:, None], other=0.0)
-            tap = 8 - (i * 3 + j) if TRANSPOSE else i * 3 + j
-            w = tl.load(weight + c * 9 + tap, mask=c < dim, other=0.0)
+            neighbour = tl.load(place + offset, mask=inside & valid[:, None], other=0.0)
+            w = tl.load(taps + (8 - (i * 3 + j) if TRANSPOSE else i * 3 + j), mask=channels, other=0.0)
             total += w[None, :] * neighbour.to(tl.float32)
     a = scale
     if HAS_ALPHA:
         a = scale * tl.load(alpha + b * alpha_stride)
     # Tokens outside the grid are copied as they are: 0 * total would turn an infinite value into NaN.
-    mixed = tl.where(on_grid[:, None], centre.to(tl.float32) + a * total, centre.to(tl.float32))
+    mixed = tl.where(on_grid[:, None], centre + a * total, centre)
     target = out + b * length * dim + token[:, None].to(tl.int64) * dim + c[None, :]
     tl.store(target, mixed.to(out.dtype.element_ty), mask=inside)
 
@@ -87,9 +96,11 @@ def _correlate_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    program = tl.program_id(0)
+    n_channel_blocks = tl.cdiv(dim, BLOCK_C)
+    c = program % n_channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    i = program // n_channel_blocks % 3
+    b = (program // n_channel_blocks // 3).to(tl.int64)
     left = tl.zeros((BLOCK_C,), dtype=tl.float32)
     middle = tl.zeros((BLOCK_C,), dtype=tl.float32)
     right = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -138,7 +149,7 @@ def grid_adapter(
     out = tokens.new_empty(tokens.shape)
     if out.numel() == 0:
         return out
-    _adapter_kernel[(triton.cdiv(dim, BLOCK_C), triton.cdiv(length, BLOCK_P), batch)](
+    _adapter_kernel[(triton.cdiv(dim, BLOCK_C) * triton.cdiv(length, BLOCK_P) * batch,)](
         tokens,
         weight,
         weight if alpha is None else alpha,
@@ -168,7 +179,7 @@ def grid_adapter_correlate(tokens: Tensor, grad: Tensor, height: int, width: int
     partial = tokens.new_empty((batch, 9, dim), dtype=torch.float32)
     if partial.numel() == 0:
         return partial
-    _correlate_kernel[(triton.cdiv(dim, BLOCK_C), 3, batch)](
+    _correlate_kernel[(triton.cdiv(dim, BLOCK_C) * 3 * batch,)](
         tokens,
         grad,
         partial,

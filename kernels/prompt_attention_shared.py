@@ -43,6 +43,13 @@ def blocks(kind: str, itemsize: int, head_dim: int) -> dict[str, int]:
 
 
 @triton.jit
+def _place(blocks, heads):
+    """(block, head, image) of a program. All on one axis: the others are limited to 65535."""
+    which = tl.program_id(0)
+    return which % blocks, which // blocks % heads, which // blocks // heads
+
+
+@triton.jit
 def _stacked(first, second, row, c, rows_0, rows_1, head_dim, stride, width):
     """Rows of two tensors [., rows, width] on top of each other; zeros outside. first, second: this image and head."""
     channels = (c < head_dim)[None, :]
@@ -66,14 +73,14 @@ def _forward_kernel(
     keys, values,  # [B, L, D], channels contiguous
     out_0, out_1,  # [B, R, D]
     lse_0, lse_1,  # [B, H, R] float32
-    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
+    blocks, rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
     key_batch, key_token, value_batch, value_token, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    block, h, image = _place(blocks, heads)
+    b = image.to(tl.int64)
     width = heads * head_dim
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_C)
     channels = (c < head_dim)[None, :]
     column = h * head_dim
@@ -113,11 +120,11 @@ def _forward_kernel(
 def _delta_kernel(
     out, grad,  # [B, R, D]
     grad_lse, delta,  # [B, H, R] float32
-    rows, heads, head_dim, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    blocks, rows, heads, head_dim, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, h, image = _place(blocks, heads)
+    b = image.to(tl.int64)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     place = (b * rows + row) * heads * head_dim + h * head_dim
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for first in range(0, head_dim, BLOCK_C):
@@ -137,15 +144,15 @@ def _keys_kernel(
     grad_0, grad_1,  # [B, R, D]
     lse_0, lse_1, delta_0, delta_1,  # [B, H, R] float32
     grad_keys, grad_values,  # [B, L, D]
-    rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
+    blocks, rows_0, rows_1, shift, length, heads, head_dim, image_0, image_1,
     key_batch, key_token, value_batch, value_token, scale,
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    block, h, image = _place(blocks, heads)
+    b = image.to(tl.int64)
     width = heads * head_dim
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     column = h * head_dim
     inside = (n < length)[:, None] & (c < head_dim)[None, :]
@@ -170,6 +177,7 @@ def _keys_kernel(
             dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         if NEED_KEYS:
             slope = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
+            slope = tl.where((row < rows_0 + rows_1)[None, :], slope, 0.0)  # not 0 * infinity
             dk += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
     place = (b * length + n)[:, None] * width + column + c[None, :]
     if NEED_KEYS:
@@ -182,13 +190,13 @@ def _keys_kernel(
 def _query_kernel(
     query, keys, values, grad, lse, delta,  # of one kind
     grad_query,  # shape of query
-    batch, rows, length, heads, head_dim, key_batch, key_token, value_batch, value_token, scale,
+    blocks, batch, rows, length, heads, head_dim, key_batch, key_token, value_batch, value_token, scale,
     PER_IMAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)  # 0 for queries that all images share
+    block, h, image = _place(blocks, heads)  # image: 0 for queries that all images share
+    image = image.to(tl.int64)
     width = heads * head_dim
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_C)
     column = h * head_dim
     here = (row < rows)[:, None] & (c < head_dim)[None, :]
@@ -208,8 +216,9 @@ def _query_kernel(
             k = tl.load(keys + b * key_batch + token * key_token + column + c[None, :], mask=inside, other=0.0)
             v = tl.load(values + b * value_batch + token * value_token + column + c[None, :], mask=inside, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            p = tl.where((n < length)[None, :], tl.exp2(score - log_sum[:, None]), 0.0)
+            p = tl.exp2(score - log_sum[:, None])
             slope = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - mean[:, None])
+            slope = tl.where((n < length)[None, :], slope, 0.0)
             dq += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
     tl.store(grad_query + image * rows * width + place, (dq * scale).to(grad_query.dtype.element_ty), mask=here)
 
@@ -234,8 +243,9 @@ def prompt_attention_shared(
     lses = [keys.new_empty((batch, n_heads, r), dtype=torch.float32) for r in rows]
     if batch and sum(rows):
         options = blocks("forward", keys.itemsize, width // n_heads)
-        _forward_kernel[(triton.cdiv(sum(rows), options["BLOCK_M"]), batch * n_heads)](
-            *queries, keys, values, *outs, *lses, *rows, rows[0] * width, length, n_heads, width // n_heads,
+        count = triton.cdiv(sum(rows), options["BLOCK_M"])
+        _forward_kernel[(count * n_heads * batch,)](
+            *queries, keys, values, *outs, *lses, count, *rows, rows[0] * width, length, n_heads, width // n_heads,
             *map(_image_stride, queries), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), scale,
             **options,
         )  # fmt: skip
@@ -278,15 +288,17 @@ def prompt_attention_shared_backward(
     for grad, out, grad_lse, r in zip(grads, (out_com, out_diff), (grad_lse_com, grad_lse_diff), rows, strict=True):
         deltas.append(grad_lse.new_empty(batch, n_heads, r))
         if r:
-            _delta_kernel[(triton.cdiv(r, DELTA_ROWS), batch * n_heads)](
-                out.contiguous(), grad, grad_lse.contiguous(), deltas[-1], r, n_heads, head_dim,
+            count = triton.cdiv(r, DELTA_ROWS)
+            _delta_kernel[(count * n_heads * batch,)](
+                out.contiguous(), grad, grad_lse.contiguous(), deltas[-1], count, r, n_heads, head_dim,
                 BLOCK_M=DELTA_ROWS, BLOCK_C=DELTA_WIDTH, num_warps=4,
             )  # fmt: skip
     if (need_keys or need_values) and sum(rows):
         options: dict[str, Any] = blocks("keys", keys.itemsize, head_dim)
-        _keys_kernel[(triton.cdiv(length, options["BLOCK_N"]), batch * n_heads)](
+        count = triton.cdiv(length, options["BLOCK_N"])
+        _keys_kernel[(count * n_heads * batch,)](
             *queries, keys, values, *grads, *lses, *deltas, grad_keys, grad_values,
-            *rows, rows[0] * width, length, n_heads, head_dim, *map(_image_stride, queries), *strides, scale,
+            count, *rows, rows[0] * width, length, n_heads, head_dim, *map(_image_stride, queries), *strides, scale,
             NEED_KEYS=need_keys, NEED_VALUES=need_values, **options,
         )  # fmt: skip
     if need_query:
@@ -294,8 +306,9 @@ def prompt_attention_shared_backward(
         for query, grad, lse, delta, out, r in zip(queries, grads, lses, deltas, grad_queries, rows, strict=True):
             if r == 0:
                 continue
-            _query_kernel[(triton.cdiv(r, options["BLOCK_M"]), n_heads, batch if query.dim() == 3 else 1)](
-                query, keys, values, grad, lse, delta, out, batch, r, length, n_heads, head_dim, *strides, scale,
+            count = triton.cdiv(r, options["BLOCK_M"])
+            _query_kernel[(count * n_heads * (batch if query.dim() == 3 else 1),)](
+                query, keys, values, grad, lse, delta, out, count, batch, r, length, n_heads, head_dim, *strides, scale,
                 PER_IMAGE=query.dim() == 3, **options,
             )  # fmt: skip
     return grad_queries[0], grad_queries[1], grad_keys, grad_values

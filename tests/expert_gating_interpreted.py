@@ -29,7 +29,7 @@ def use_blocks(n: int, c: int, k: int) -> None:
 
 
 def main() -> None:
-    """500 problems, and repeats of one."""
+    """500 problems, and 100 repeats of one."""
     torch.set_num_threads(1)
     quicken()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # NaN and infinity are part of the problems
@@ -48,9 +48,12 @@ def main() -> None:
         complaint = parity.complaint(problem, chain.run(kernels, problem))
         if complaint:
             print(problem.label, complaint)
-    problem = parity.problem(3)
+    every = (parity.problem(seed) for seed in range(0, 600, 3))
+    usable = (p for p in every if 2 <= len(p.arguments[0]) <= 9 and len(p.options["wanted"]) >= 5)
+    problem = min(usable, key=lambda p: sum(v.numel() for v in p.arguments))
+    use_blocks(16, 32, 32)
     first = chain.run(kernels, problem)
-    for _ in range(3):
+    for _ in range(99):
         again = chain.run(kernels, problem)
         if not all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, again, strict=True)):
             print("repeats differ")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from capt import ops
 from capt.errors import CaptError
@@ -62,6 +64,10 @@ META = {"device": "meta"}
 WHOLE = {"dtype": torch.int64}
 STATISTICS = {"offsets": integers(0, 1, 1, 1, 1, 1, 1), "classes": integers(2), "counts": integers(3)}
 
+ROWS = {"offsets": integers(0, 1, 2, 2, 2, 2, 2), "classes": integers(2, 3), "counts": integers(3, 1)}
+SPARSE = torch.eye(8)[:3].to_sparse()
+EMPTY_EXPERTS = {"w_in": floats(3, 0, 8), "b_in": floats(3, 0), "w_out": floats(3, 8, 0)}
+
 # op, what is changed, the argument that the message must name
 BAD = [
     ("bank_topk", {"queries": [[1.0] * 8]}, "queries"),
@@ -99,6 +105,27 @@ BAD = [
     ("confusion_pairs", {**STATISTICS, "counts": integers(3, 4)}, "counts"),
     ("confusion_pairs", {**STATISTICS, "counts": torch.ones(1, **META)}, "counts"),
     ("confusion_pairs", {"backend": "triton"}, "backend"),
+    ("confusion_pairs", {**STATISTICS, "offsets": [0, 1, 1, 1, 1, 1, 1]}, "offsets"),
+    ("confusion_pairs", {**ROWS, "offsets": integers(0, 2, 1, 2, 2, 2, 2)}, "offsets"),
+    ("confusion_pairs", {**STATISTICS, "offsets": STATISTICS["offsets"].bool()}, "offsets"),
+    ("confusion_pairs", {**ROWS, "counts": torch.ones(2, dtype=torch.complex64)}, "counts"),
+    ("confusion_pairs", {**ROWS, "counts": integers(1, 0).bool()}, "counts"),
+    ("confusion_pairs", {**ROWS, "counts": integers(1, -1)}, "counts"),
+    ("confusion_pairs", {**ROWS, "counts": torch.tensor([1.0, float("nan")])}, "counts"),
+    ("confusion_pairs", {**ROWS, "counts": torch.tensor([1.0, float("inf")])}, "counts"),
+    ("bank_topk", {"queries": SPARSE}, "queries"),
+    ("bank_topk", {"k": np.bool_(True)}, "k"),
+    ("bank_topk", {"k": np.int64(0)}, "k"),
+    ("prompt_attention", {"log_prior": [0.0]}, "log_prior"),
+    ("prompt_attention", {"scale": "x"}, "scale"),
+    ("prompt_attention", {"scale": 10**400}, "scale"),
+    ("prompt_attention_shared", {"scale": "x"}, "scale"),
+    ("prompt_attention_shared", {"n_heads": 2.0}, "n_heads"),
+    ("expert_gating", {"dropout": "x"}, "dropout"),
+    ("expert_gating", {"gate": SPARSE}, "gate"),
+    ("expert_gating", EMPTY_EXPERTS, "w_in"),
+    ("grid_adapter", {"alpha": 10**400}, "alpha"),
+    ("grid_adapter", {"alpha": torch.ones(1).to_sparse()}, "alpha"),
     ("prompt_attention", {"query": floats(2, 1, 8)}, "query"),
     ("prompt_attention", {"commonality": floats(4, 3, 7)}, "commonality"),
     ("prompt_attention", {"difference": floats(5, 8)}, "difference"),
@@ -174,6 +201,36 @@ def test_there_are_many_bad_calls_of_every_op():
     assert len(BAD) >= 40 and {op for op, _, _ in BAD} == set(RIGHT)
 
 
+def test_integers_of_numpy_count():
+    arguments = RIGHT["bank_topk"]()
+    wanted = call("bank_topk", dict(arguments))
+    assert torch.equal(call("bank_topk", arguments | {"k": np.int64(2)})[1], wanted[1])
+    call("grid_adapter", RIGHT["grid_adapter"]() | {"grid": (np.int32(2), np.int64(2)), "n_prefix": np.int64(1)})
+
+
+def test_a_width_of_zero_needs_no_scale():
+    index = integers([0])
+    out, _ = ops.prompt_attention(
+        floats(1, 0), floats(1, 1, 0), floats(1, 1, 0), commonality_index=index, difference_index=index
+    )
+    assert out.shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "name"),
+    [
+        ("expert_gating", {"n_experts": 600, "backend": "cpu"}, "600 experts"),
+        ("bank_topk", {"dtype": "float32"}, "dtype"),
+        ("bank_topk", {"device": "nope"}, "device"),
+        ("grid_adapter", {"batch": 1, "grid": (2,), "dim": 3}, "explain"),
+    ],
+)
+def test_explain_refuses_what_a_call_refuses(op, shapes, name):
+    with pytest.raises(CaptError, match=name):
+        ops.explain(op, **shapes)
+    assert ops.explain("expert_gating", n_experts=600).rejected["cpu"].startswith("600 experts")
+
+
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +252,82 @@ def test_the_gradient_of_a_gradient_of_a_kernel_is_refused_and_the_reference_has
     assert twice("reference").abs().sum() > 0
     with pytest.raises(CaptError, match="grid_adapter: the kernels are differentiable once"):
         twice("cpu")
+
+
+KERNELS_WITH_GRADIENT = ["grid_adapter", "prompt_attention", "prompt_attention_shared", "expert_gating"]
+
+
+@pytest.mark.parametrize("op", KERNELS_WITH_GRADIENT)
+def test_a_forward_mode_tangent_goes_to_the_reference_and_is_refused_by_kernels(op):
+    arguments = RIGHT[op]()
+    arguments |= {n: torch.randn_like(arguments[n]) for n in POSITIONAL[op]}
+    name = POSITIONAL[op][0]
+
+    def tangent(backend):
+        def function(value):
+            result = call(op, arguments | {name: value, "backend": backend})
+            return result if isinstance(result, torch.Tensor) else result[0]
+
+        return torch.func.jvp(function, (arguments[name],), (torch.ones_like(arguments[name]),))[1]
+
+    assert torch.equal(tangent(None), tangent("reference")) and tangent(None).abs().sum() > 0
+    with pytest.raises(CaptError, match=f"{op}: backend='cpu' was forced and cannot run: .*forward-mode"):
+        tangent("cpu")
+
+
+# ---- tracing and precision ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_sizes_may_be_arguments_of_a_compiled_function(backend):
+    tokens, weight = torch.randn(2, 31, 4), torch.randn(4, 3, 3)
+
+    def adapter(height, width):
+        return ops.grid_adapter(tokens, weight, grid=(height, width), n_prefix=1, backend=backend)
+
+    def shared(n_heads):
+        return ops.prompt_attention_shared(query, query, keys, keys, n_heads=n_heads, backend=backend)[0]
+
+    query, keys = torch.randn(3, 12), torch.randn(2, 5, 12)
+    for function, sizes in ((adapter, [(2, 3), (4, 3), (5, 6)]), (shared, [(2,), (3,), (6,)])):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for size in sizes:
+            torch.testing.assert_close(compiled(*size), function(*size))
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_autocast_changes_nothing(op):
+    arguments = RIGHT[op]()
+    arguments |= {n: torch.randn_like(arguments[n]) for n in POSITIONAL[op]}
+    for backend in ("reference", "cpu"):
+        wanted = call(op, arguments | {"backend": backend})
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(op, arguments | {"backend": backend})
+        for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (found, wanted)), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_tensors_without_entries_to_read_pass_the_index_checks():
+    arguments = RIGHT["prompt_attention"]()
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        assert call("prompt_attention", fake)[0].shape == (2, 8)
+    many = arguments | {"backend": "reference"}
+    stacked = torch.stack([arguments["commonality_index"]] * 3)
+    found = torch.vmap(lambda index: call("prompt_attention", many | {"commonality_index": index})[0])(stacked)
+    assert torch.equal(found[2], call("prompt_attention", dict(many))[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_prompt_attention_absent_pairs_read_no_row(backend):
+    table = torch.full((2, 1, 4), float("nan"))
+    table[1] = 1
+    index = torch.tensor([[-1, 1]])
+    found = ops.prompt_attention(
+        torch.ones(1, 4), table, table, commonality_index=index, difference_index=index, backend=backend
+    )
+    assert all(out.tolist() == [[1.0] * 4] for out in found)
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------------

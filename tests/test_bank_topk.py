@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +37,13 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("first", range(0, 500, 100))
 def test_parity(first):
     for seed in range(first, first + 100):
+        problem = parity.problem(seed)
+        complaint = parity.complaint(problem, parity.run(problem, backend="cpu"))
+        assert not complaint, complaint
+
+
+def test_parity_of_large_problems():
+    for seed in parity.LARGE_SEEDS[::5]:
         problem = parity.problem(seed)
         complaint = parity.complaint(problem, parity.run(problem, backend="cpu"))
         assert not complaint, complaint
@@ -129,6 +139,51 @@ def test_result_does_not_depend_on_threads_or_repetition(n_query, dtype):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_query", "n_rows", "k"), [(257, 20_000, 17_000), (33, 40_000, 17_000), (257, 3000, 5)])
+def test_threads_change_the_passes_but_no_score(n_query, n_rows, k, dtype):
+    """Lists of k * threads > 16384 shrink a pass, and the last pass may be left with a single query."""
+    queries, rows = torch.randn(n_query, 40).to(dtype), torch.randn(n_rows, 40).to(dtype)
+    try:
+        first = ops.bank_topk(queries, rows, k=k, backend="cpu")
+        torch.set_num_threads(4)
+        assert_same(ops.bank_topk(queries, rows, k=k, backend="cpu"), first)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("level", range(len(CPU_LEVELS)))
+def test_identical_queries_find_the_same(level, limit_cpu_level):
+    limit_cpu_level(level)
+    for dtype in DTYPES:
+        rows = torch.randn(500, 70).to(dtype)
+        for n_query in (2, 9, 40, 257):
+            score, index = ops.bank_topk(torch.randn(1, 70).to(dtype).repeat(n_query, 1), rows, k=500, backend="cpu")
+            assert (score == score[:1]).all() and (index == index[:1]).all()
+
+
+def test_no_memory_for_the_lists_is_named():
+    """In a process of its own, whose memory holds the results and not the lists, with one thread and with two."""
+    script = """
+import resource, torch
+from capt import ops
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    ops.bank_topk(torch.ones(1, 1), torch.ones(1, 1).expand(500_000, 1), k=3, backend="cpu")
+pages = int(open("/proc/self/statm").read().split()[0])
+size = pages * resource.getpagesize() + (400 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    try:
+        ops.bank_topk(torch.ones(1, 1), torch.ones(1, 1).expand(60_000_000, 1), k=30_000_000, backend="cpu")
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.count("bank_topk: no memory for lists of k=30000000") == 2, done
+
+
 def test_a_row_scores_alike_wherever_it_stands():
     """Copies of a row tie whatever block or chunk they fall into, so the lower ones win."""
     for dtype in DTYPES:
@@ -150,6 +205,20 @@ def test_no_channels_no_pairs_and_no_queries():
     none = torch.empty(2, 0, 1, 2, dtype=torch.int64)
     assert ops.bank_topk(torch.ones(2, 4), torch.ones(3, 4), k=2, ranges=none, backend="cpu")[0].shape == (2, 0, 2)
     assert ops.bank_topk(torch.ones(0, 4), torch.ones(3, 4), k=2, backend="cpu")[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("level", range(len(CPU_LEVELS)))
+def test_no_channels_at_every_level(level, limit_cpu_level):
+    limit_cpu_level(level)
+    for dtype in DTYPES:
+        for n_query in (1, 2, 9, 40):
+            for n_rows in (3, 32, 70):
+                queries, rows = torch.ones(n_query, 0, dtype=dtype), torch.ones(n_rows, 0, dtype=dtype)
+                score, index = ops.bank_topk(queries, rows, k=3, backend="cpu")
+                assert (score == 0).all() and (index == torch.arange(3)).all()
+                ranges = ranges_of([1, 3]).expand(n_query, -1, -1, -1)
+                score, index = ops.bank_topk(queries, rows, k=2, ranges=ranges, backend="cpu")
+                assert (score == 0).all() and (index == torch.arange(1, 3)).all()
 
 
 def test_opcheck():
@@ -241,6 +310,9 @@ def test_bad_arguments_are_named(message):
 
 BAD_OP_CALLS = {
     r"queries must be \[Q, d\] and rows \[N, d\]": lambda op: op.bank_topk(QUERIES, ROWS[:, :2], 1, None, None),
+    r"must be \[Q, d\]": lambda op: op.bank_topk(QUERIES[0], ROWS, 1, None, None),
+    r"rows \[N, d\]": lambda op: op.bank_topk_ranges(QUERIES, ROWS[0, 0], ONE_RANGE, 1, None, None),
+    r"ranges must be .* \[Q, P, S, 2\]": lambda op: op.bank_topk_ranges(QUERIES, ROWS, IDS, 1, None, None),
     "differ in dtype": lambda op: op.bank_topk(QUERIES, ROWS.half(), 1, None, None),
     "must be float32, float16 or bfloat16": lambda op: op.bank_topk(QUERIES.double(), ROWS.double(), 1, None, None),
     "k >= 1": lambda op: op.bank_topk(QUERIES, ROWS, 0, None, None),

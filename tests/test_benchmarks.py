@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -212,7 +213,9 @@ def test_the_run_measures_reports_and_fails_where_results_are_wrong(tmp_path):
     (folder / "broken.py").write_text("import nowhere\n\ndef cases(device):\n    pass\n", encoding="utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n", encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "benchmarks", "--benchmark-only", "--results-name", "kept"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    # The inner run is one process, also where this test is run by a worker of pytest-xdist.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "_PYTEST_"))}
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=120, check=False)
     said = done.stdout
     assert done.returncode == 1, said + done.stderr
     assert "WrongResultError: toy wrong float32 forward: no match" in said and "No module named 'nowhere'" in said

@@ -111,6 +111,13 @@ def test_500_problems(library, block):
         assert parity.complaint(problem, chain.run(ways(library, seed), problem)) == "", problem.label
 
 
+@pytest.mark.parametrize("seed", parity.LARGE_SEEDS[:6])
+def test_large_problems(ops, seed):
+    """Gathered rows and large tiles, as a call would choose them."""
+    problem = parity.problem(seed)
+    assert parity.complaint(problem, chain.run(ops, problem)) == "", problem.label
+
+
 def layer(tokens: int, dim: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(x, weights, w_in, b_in, w_out, b_out)."""
     x = torch.randn(tokens, dim)

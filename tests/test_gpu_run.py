@@ -32,10 +32,10 @@ def test_the_run_works_on_the_cpu_and_writes_json_and_summary(tmp_path, capsys):
     assert gpu.main([*options, "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     report = json.loads(next(tmp_path.glob("cpu-rehearsal-*.json")).read_text(encoding="utf-8"))
-    assert report["parity"][0]["cases"] == 9 and report["parity"][0]["repeats"] == 9
+    assert report["parity"][0]["cases"] == 9 + len(parity.LARGE_SEEDS) and report["parity"][0]["repeats"] == 9
     assert report["machine"]["device"] == "cpu" and report["parts"]["card"]["status"] == "ok"
     text = next(tmp_path.glob("cpu-rehearsal-*.md")).read_text(encoding="utf-8")
-    assert text in said and "**Passed.**" in text and "| grid_adapter | cpu | 9 | 0 | 0 | 9 | - |" in text
+    assert text in said and "**Passed.**" in text and "| grid_adapter | cpu | 49 | 0 | 0 | 9 | - |" in text
     assert "compute-sanitizer: not run" in text
 
 
@@ -136,6 +136,27 @@ def test_parity_counts_failures_refusals_and_unequal_repeats():
     assert unequal["repeats"] is None and "differ in their bits" in unequal["failures"][-1]
 
 
+def test_kernels_that_should_run_and_do_not_are_problems():
+    row = {"cases": 500, "repeats": 100, "note": ""}
+    assert gpu_parts.missing(row, "cuda", 500) == []
+    assert "no case ran (library is gone)" in gpu_parts.missing(
+        {"cases": 0, "repeats": 0, "note": "library is gone"}, "cuda", 500
+    )
+    absent = {"cases": 0, "repeats": 0, "note": f"toy: {gpu_parts.NO_SUCH_KERNEL}"}
+    assert gpu_parts.missing(absent, "cuda", 500) == []
+    assert "only 3 of 100 repeated runs" in gpu_parts.missing({**row, "repeats": 3}, "cuda", 500)
+    assert gpu_parts.missing({**row, "repeats": 3}, "cuda", 3) == []
+    assert "only 500 of 500 cases and the large" in gpu_parts.missing({**row, "note": "stopped"}, "cuda", 500)[0]
+
+
+def test_the_large_band_runs_after_the_seeds():
+    seen = []
+    module = toy_module(lambda p: seen.append(p.label) or p.arguments)
+    module.LARGE_SEEDS = range(1000, 1003)
+    row = gpu_parts.parity_of(module, "cpu", "cpu", 4, 60)
+    assert row["cases"] == 7 and seen[:7] == ["p0", "p1", "p2", "p3", "p1000", "p1001", "p1002"]
+
+
 def test_nan_payloads_and_signs_count_as_bits():
     zero = torch.tensor([0.0])
     assert gpu_parts.same_bits((zero,), (zero.clone(),)) and not gpu_parts.same_bits((zero,), (-zero,))
@@ -182,6 +203,6 @@ def test_the_bench_part_reports_rows_and_wrong_results(tmp_path, monkeypatch):
 def test_the_sanitized_part_runs_every_op(tmp_path):
     part = a_part(tmp_path, ops=["grid_adapter"], seeds=3)
     gpu_parts.sanitized(part)
-    assert part.data["runs"] == {"grid_adapter": 3}
+    assert part.data["runs"] == {"grid_adapter": 3 + gpu_parts.SANITIZED_LARGE}
     assert gpu_parts.main(["sanitized", "--out", str(tmp_path / "x.json"), "--device", "cpu", "--ops", "nowhere"]) == 1
     assert "No module named" in json.loads((tmp_path / "x.json").read_text())["problems"][0]

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_parts import same_bits
+from benchmarks.parity import Problem
+from benchmarks.parity import grid_adapter as parity
 from capt import reference
 from tests.accuracy import ADAPTER_SHAPES, DTYPES, assert_as_accurate_as_torch, relative_l2
 from tests.native_build import CSRC, run
@@ -58,6 +61,50 @@ def run_adapter(library, tokens, weight, alpha, scale, grid, n_prefix, transpose
     return out
 
 
+def run_correlate(library, tokens, grad, grid, n_prefix):
+    batch, _, dim = tokens.shape
+    partial = torch.full((batch, 9, dim), float("nan"))
+    args = Correlate(
+        tokens.data_ptr(), grad.data_ptr(), partial.data_ptr(), *tokens.shape, *grid, n_prefix,
+        tokens.stride(0), tokens.stride(1), grad.stride(0), grad.stride(1), DTYPES.index(tokens.dtype),
+    )  # fmt: skip
+    assert library.capt_grid_correlate_cuda(ctypes.byref(args), None) == 0
+    return partial
+
+
+def run_problem(library, problem: Problem):
+    """What parity.run returns: the forward, and the gradients as the op's backward composes them."""
+    tokens, weight, upstream = problem.arguments
+    alpha, grid, n_prefix = (problem.options[name] for name in ("alpha", "grid", "n_prefix"))
+    if tokens.shape[2] > 1 and tokens.stride(2) != 1:
+        tokens = tokens.contiguous()  # as the binding does
+    factor, scale = (alpha.reshape(-1), 1.0) if isinstance(alpha, torch.Tensor) else (None, alpha)
+    out = run_adapter(library, tokens, weight, factor, scale, grid, n_prefix, False)
+    grad_tokens = run_adapter(library, upstream, weight, factor, scale, grid, n_prefix, True)
+    partial = run_correlate(library, tokens, upstream, grid, n_prefix) * scale
+    mixed = partial if factor is None else partial * factor.reshape(-1, 1, 1)
+    found = [out, grad_tokens, mixed.sum(0).t().reshape(weight.shape)]
+    if factor is not None:
+        per_image = (partial * weight.reshape(-1, 9).t()).sum((1, 2))
+        found.append((per_image if len(factor) == len(per_image) else per_image.sum()).reshape(alpha.shape))
+    return tuple(found)
+
+
+def test_500_seeded_problems(emulated):
+    complaints = []
+    for seed in range(500):
+        problem = parity.problem(seed)
+        complaints.append(parity.complaint(problem, run_problem(emulated, problem)))
+    assert not any(complaints), [f"seed {seed}: {text}" for seed, text in enumerate(complaints) if text][:5]
+
+
+def test_100_repeats_give_the_same_bits(emulated):
+    for seed in range(3):  # one of each dtype
+        problem = parity.problem(seed, sizes=[(3, (3, 4), 33, 2, 1)])
+        first = run_problem(emulated, problem)
+        assert all(same_bits(first, run_problem(emulated, problem)) for _ in range(100))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ADAPTER_SHAPES)
 @pytest.mark.parametrize("transpose", [False, True])
@@ -78,12 +125,7 @@ def test_weight_gradient_of_each_image(emulated, shape, dtype):
     batch, grid, dim, n_prefix, n_suffix = shape
     tokens = torch.randn(batch, n_prefix + grid[0] * grid[1] + n_suffix, dim).to(dtype)
     grad = torch.randn(tokens.shape).to(dtype)
-    partial = torch.full((batch, 9, dim), float("nan"))
-    args = Correlate(
-        tokens.data_ptr(), grad.data_ptr(), partial.data_ptr(), *tokens.shape, *grid, n_prefix,
-        tokens.stride(0), tokens.stride(1), grad.stride(0), grad.stride(1), DTYPES.index(dtype),
-    )  # fmt: skip
-    assert emulated.capt_grid_correlate_cuda(ctypes.byref(args), None) == 0
+    partial = run_correlate(emulated, tokens, grad, grid, n_prefix)
     for b in range(batch):
         probe = torch.zeros(dim, 3, 3, dtype=torch.float64, requires_grad=True)
         out = reference.grid_adapter(tokens[b : b + 1].double(), probe, 1.0, grid, n_prefix)

@@ -41,7 +41,7 @@ def test_gathered_problems(ops, start):
     assert not [text for text in complaints if text]
 
 
-@pytest.mark.parametrize("seed", [1003, 1007])
+@pytest.mark.parametrize("seed", [1005, 1007, 1008])
 def test_wide_gathered_problems(ops, seed):
     assert complaint(PARITIES["prompt_attention"], seed, ops) == ""
 
@@ -52,7 +52,7 @@ def test_shared_problems(ops, start):
     assert not [text for text in complaints if text]
 
 
-@pytest.mark.parametrize("seed", [1018, 1033, 1039, 1046, 1052, 1057])
+@pytest.mark.parametrize("seed", [1000, 1004, 1007, 1012, 1013, 1016])
 def test_wide_shared_problems(ops, seed):
     """Several tiles in each direction, on tensor cores: resident and streamed keys, heads up to 128."""
     assert complaint(PARITIES["prompt_attention_shared"], seed, ops) == ""

@@ -20,8 +20,9 @@ from tests.quick_interpreter import quicken
 
 # Tiny problems and blocks: several blocks, splits and groups of queries, and long lists in several walks.
 parity.QUERIES, parity.DIMS, parity.ROWS = (1, 3), (1, 3, 17), (0, 1, 4, 9)
-kernels.BLOCK_Q, kernels.BLOCK_N, kernels.RANGE_N, kernels.BLOCK_D, kernels.BLOCK_M = 2, 2, 4, 16, 16
-kernels.MAX_LIST, kernels.MAX_LISTS, kernels.MIN_BLOCKS = 4, 8, 2
+kernels.BLOCK_Q, kernels.BLOCK_N, kernels.RANGE_N, kernels.BLOCK_M = 2, 2, 4, 16
+kernels.BLOCK_D = kernels.STRIDED_D = 16
+kernels.MIN_LIST, kernels.MAX_LIST, kernels.MAX_LISTS, kernels.MIN_BLOCKS = 1, 4, 8, 2
 
 
 def main() -> None:
@@ -49,6 +50,15 @@ def main() -> None:
             kernels.MAX_LISTS = 8
             same = same and all(torch.equal(a, b) for a, b in zip(found, unsplit, strict=True))
             complaints.append("" if same else f"{problem.label}: not the same bits again, or with other splits")
+    for ranges in (None, torch.tensor([[[[0, 5], [3, 9]]]])):
+        problem = parity.Problem("", (torch.randn(1, 3), torch.randn(9, 3)), {"k": 2, "ranges": ranges})
+        first = parity.run(problem, backend="triton")
+        for _ in range(100):
+            again = parity.run(problem, backend="triton")
+            if not all(
+                torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, again, strict=True)
+            ):
+                complaints.append(f"repeats differ, ranges {ranges is not None}")
     print(seed + 1)
     print("\n".join(filter(None, complaints)))
 

@@ -12,6 +12,9 @@ from capt import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (2, 3, 5, 15, 16, 17, 31, 64, 65, 127, 128, 130, 200, 257)
+#: Rows of several steps with tails, lists of several walks, and more rows than most launches have.
+LARGE_SIZES = ((1000, 64), (1025, 33), (2047, 9), (397, 300), (3, 70_000))
+LARGE_SEEDS = range(1000, 1040)
 KINDS = ("integers", "ties", "normal", "wide", "absorbed", "undefined")
 STATISTICS = ("none", "sparse", "empty", "dense")
 
@@ -21,8 +24,12 @@ def problem(seed: int, *, n_classes: int | None = None, batch: int | None = None
     random = torch.Generator().manual_seed(seed)
     kind, dtype = KINDS[seed % 6], DTYPES[seed // 6 % 3]
     statistics = STATISTICS[seed // 18 % 4]
-    n_classes = n_classes or SIZES[int(torch.randint(len(SIZES), (), generator=random))]
-    batch = (seed // 72 % 6) if batch is None else batch
+    if seed in LARGE_SEEDS:
+        own_classes, own_batch = LARGE_SIZES[int(torch.randint(len(LARGE_SIZES), (), generator=random))]
+    else:
+        own_classes, own_batch = SIZES[int(torch.randint(len(SIZES), (), generator=random))], seed // 72 % 6
+    n_classes = n_classes or own_classes
+    batch = own_batch if batch is None else batch
     k = (1, 2, 5, 10, n_classes - 1, n_classes + 3)[int(torch.randint(6, (), generator=random))]
     logits = _logits(kind, batch, n_classes, random).to(dtype)
     layout = seed % 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,26 +23,39 @@ SIZES = [
     (4, (2, 3), 31, 0, 0),
     (1, (4, 4), 257, 5, 0),
 ]
+#: Several blocks in every direction, whole vectors, and more images than a grid axis other than the first may hold.
+LARGE_SIZES = [
+    (2, (14, 14), 768, 1, 4),
+    (1, (24, 23), 1024, 1, 0),
+    (3, (16, 16), 515, 0, 0),
+    (2, (1, 300), 130, 7, 1),
+    (65_540, (1, 2), 3, 0, 0),
+]
+LARGE_SEEDS = range(1000, 1040)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channel slice", "batch stride", "channels apart", "expanded")
 VALUES = ("normal", "integers", "special", "subnormal", "zero weight")
 
 
-def problem(seed: int) -> Problem:
-    """Tokens [B, L, D], weight [D, 3, 3] and the upstream gradient, with alpha, grid and prefix as options."""
+def problem(seed: int, *, sizes: Sequence[Any] | None = None) -> Problem:
+    """Tokens [B, L, D], weight [D, 3, 3] and the upstream gradient, with alpha, grid and prefix as options.
+
+    sizes replaces the list that the seed chooses from.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def pick(options: Any) -> Any:
         return options[int(torch.randint(len(options), (), generator=random))]
 
-    batch, grid, dim, n_prefix, n_suffix = pick(SIZES)
+    batch, grid, dim, n_prefix, n_suffix = pick(sizes or (LARGE_SIZES if seed in LARGE_SEEDS else SIZES))
     dtype, layout, values = DTYPES[seed % 3], pick(LAYOUTS), pick(VALUES)
     length = n_prefix + grid[0] * grid[1] + n_suffix
+    tiny = 1e-6 if dtype == torch.float16 else 1e-40
 
     def numbers(*shape: int) -> Tensor:
         if values == "integers":
             return torch.randint(-4, 5, shape, generator=random).float()
-        return torch.randn(*shape, generator=random) * (1e-6 if values == "subnormal" else 1.0)
+        return torch.randn(*shape, generator=random) * (tiny if values == "subnormal" else 1.0)
 
     tokens, upstream = _laid_out(numbers, layout, batch, length, dim, dtype), numbers(batch, length, dim).to(dtype)
     if values == "special" and tokens.numel():
@@ -52,7 +66,7 @@ def problem(seed: int) -> Problem:
             tokens[-1, index, int(torch.randint(dim, (), generator=random))] = value
     weight = torch.zeros(dim, 3, 3) if values == "zero weight" else numbers(dim, 3, 3)
     if values == "subnormal":
-        weight = weight * 1e6
+        weight = (weight / tiny).round()  # products of subnormal numbers are then exact in any order
     alpha = pick(["number", "scalar", "image", "negative"])
     options: dict[str, Any] = {
         "alpha": {"number": 0.5, "scalar": torch.tensor(0.5), "negative": -2.0}.get(

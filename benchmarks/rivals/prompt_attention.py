@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def eager(query: Tensor, table: Tensor, index: Tensor, log_prior: Tensor) -> Tensor:
@@ -46,5 +50,37 @@ def two_calls(com: Tensor, diff: Tensor, keys: Tensor, values: Tensor, n_heads: 
     return first, second
 
 
+def forced(backend: SDPBackend) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``packed`` on one of torch's attention kernels, which raises where that kernel cannot run."""
+
+    def run(*inputs: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(backend):
+            return packed(*inputs, n_heads=n_heads)
+
+    return run
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+def flex(com: Tensor, diff: Tensor, keys: Tensor, values: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """``packed`` by FlexAttention, compiled."""
+    query = torch.cat([com, diff]).expand(len(keys), -1, -1)
+    out = _flex()(*(_heads(x, n_heads).contiguous() for x in (query, keys, values))).transpose(1, 2).flatten(2)
+    return out[:, : len(com)], out[:, len(com) :]
+
+
+#: On a GPU, in place of torch's own choice.
+FORCED = {
+    "packed, flash": forced(SDPBackend.FLASH_ATTENTION),
+    "packed, cudnn": forced(SDPBackend.CUDNN_ATTENTION),
+    "packed, efficient": forced(SDPBackend.EFFICIENT_ATTENTION),
+}
+GPU_SHARED = {**FORCED, "flex": flex}
 GATHERED = {"eager": eager, "einsum": einsum}
 SHARED = {"packed": packed, "two_calls": two_calls}

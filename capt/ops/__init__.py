@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from capt.errors import CaptError
 from capt.ops import asymmetric_loss as _asymmetric_loss
 from capt.ops import attention_readout as _attention_readout
@@ -37,17 +39,33 @@ _PLANS: dict[str, Callable[..., Plan]] = {
 def explain(op: str, **shapes: Any) -> Plan:
     """Which backend a call would take, and why.
 
-    op: a name of ``__all__``. shapes: what the op's plan depends on; for grid_adapter batch, grid, dim, n_prefix,
-    dtype, device; every op accepts backend=. Raises CaptError for an unknown op or a forced backend that cannot run.
+    op: a name of ``__all__``. shapes: what the op's plan depends on (see the docstring of ``plan`` in its module);
+    every op accepts backend=, those with kernels also dtype= (a torch.dtype) and device=, and
+
+    - grid_adapter: batch, grid (height, width), dim, n_prefix
+    - bank_topk: n_queries, n_rows, dim, k, candidates
+    - confusion_pairs: batch, n_classes, k
+    - prompt_attention: batch, k, rows (commonality, difference), dim
+    - prompt_attention_shared: batch, rows (commonality, difference), n_keys, dim
+    - expert_gating: tokens, dim, hidden, n_experts, top_k
+
+    Raises CaptError for an unknown op, arguments that do not fit, or a forced backend that cannot run.
 
     >>> print(explain("asymmetric_loss").backend)
     reference
     """
     if op not in _PLANS:
         raise CaptError(f"explain: there is no op '{op}'; known are {', '.join(_PLANS)}")
+    if not isinstance(shapes.get("dtype", torch.float32), torch.dtype):
+        raise CaptError(f"explain('{op}', ...): dtype must be a torch.dtype, found {shapes['dtype']!r}")
+    if "device" in shapes:
+        try:
+            torch.device(shapes["device"])
+        except (RuntimeError, TypeError) as error:
+            raise CaptError(f"explain('{op}', ...): device={shapes['device']!r} is no device of torch") from error
     try:
         return _PLANS[op](**shapes)
-    except TypeError as error:
+    except (TypeError, IndexError) as error:
         raise CaptError(f"explain('{op}', ...): {error}") from error
 
 

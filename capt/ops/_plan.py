@@ -87,22 +87,29 @@ class Dispatch:
         return ""
 
     def choose(
-        self, device: str, dtype: torch.dtype, backend: str | None, disadvantages: dict[str, str] | None = None
+        self,
+        device: str,
+        dtype: torch.dtype,
+        backend: str | None,
+        disadvantages: dict[str, str] | None = None,
+        obstacles: dict[str, str] | None = None,
     ) -> tuple[str, str]:
         """(backend, reason). disadvantages: why a backend that can run is not taken unless forced; empty: no reason.
 
+        obstacles: why a backend cannot run in this call, beside what ``obstacle`` knows; empty: it can.
         Raises CaptError when a forced backend cannot run.
         """
         check_backend_name(self.op, backend)
         if backend == "reference":
             return "reference", "forced"
         if backend is not None:
-            why = self.obstacle(backend, device, dtype)
+            why = self.obstacle(backend, device, dtype) or (obstacles or {}).get(backend, "")
             if why:
                 raise forced_impossible(self.op, backend, why)
             return backend, "forced"
+        against = (disadvantages or {}), (obstacles or {})
         for name, reason in self.reasons.items():
-            if not self.obstacle(name, device, dtype) and not (disadvantages or {}).get(name):
+            if not self.obstacle(name, device, dtype) and not any(known.get(name) for known in against):
                 return name, reason
         return "reference", "no kernel can run here, or none would be faster"
 

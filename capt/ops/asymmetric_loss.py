@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_float, check_same_device, check_tensor
+from capt.errors import CaptError
+from capt.ops._checks import check_float, check_number, check_same_device, check_tensor
 from capt.ops._plan import Plan, reference_only
 
 OP = "asymmetric_loss"
@@ -39,9 +40,15 @@ def asymmetric_loss(
     check_tensor(OP, "targets", targets, tuple(logits.shape))
     check_float(OP, logits=logits)
     check_same_device(OP, logits=logits, targets=targets)
-    check(gamma_pos >= 0 and gamma_neg >= 0, f"{OP}: gammas must be >= 0, found {gamma_pos} and {gamma_neg}")
-    check(0.0 <= margin < 1.0, f"{OP}: margin must lie in [0, 1), found {margin}")
-    check(0.0 < eps < 1.0, f"{OP}: eps must lie in (0, 1), found {eps}")
-    check(reduction in ("mean", "sum", "none"), f"{OP}: reduction must be mean, sum or none, found '{reduction}'")
+    gamma_pos, gamma_neg = check_number(OP, "gamma_pos", gamma_pos), check_number(OP, "gamma_neg", gamma_neg)
+    margin, eps = check_number(OP, "margin", margin), check_number(OP, "eps", eps)
+    if not (gamma_pos >= 0 and gamma_neg >= 0):
+        raise CaptError(f"{OP}: gammas must be >= 0, found {gamma_pos} and {gamma_neg}")
+    if not 0.0 <= margin < 1.0:
+        raise CaptError(f"{OP}: margin must lie in [0, 1), found {margin}")
+    if not 0.0 < eps < 1.0:
+        raise CaptError(f"{OP}: eps must lie in (0, 1), found {eps}")
+    if reduction not in ("mean", "sum", "none"):
+        raise CaptError(f"{OP}: reduction must be mean, sum or none, found '{reduction}'")
     plan(backend)
     return reference.asymmetric_loss(logits, targets, gamma_pos, gamma_neg, margin, eps, reduction)

@@ -7,12 +7,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from capt import reference
+from capt.errors import CaptError
 from capt.ops._checks import (
-    check,
     check_count,
     check_float,
     check_index_range,
     check_integer,
+    check_number,
     check_same_device,
     check_tensor,
 )
@@ -61,18 +62,19 @@ def attention_readout(
     check_tensor(OP, "keys", keys, ("B", "L", "H", "dh"))
     batch, length, n_heads, head_dim = keys.shape
     check_tensor(OP, "values", values, (batch, length, n_heads, head_dim))
-    check(query.dim() in (2, 3), f"{OP}: query must be [H, dh] or [B, H, dh], found {list(query.shape)}")
-    check_tensor(OP, "query", query, (n_heads, head_dim) if query.dim() == 2 else (batch, n_heads, head_dim))
-    check(groups.dim() in (1, 2), f"{OP}: groups must be [L] or [B, L], found {list(groups.shape)}")
-    check_tensor(OP, "groups", groups, (length,) if groups.dim() == 1 else (batch, length))
-    check_float(OP, query=query, keys=keys, values=values, bias=bias)
-    check_integer(OP, groups=groups)
-    check_count(OP, "n_groups", n_groups)
-    check_index_range(OP, "groups", groups, 0, n_groups)
+    learned = isinstance(query, Tensor) and query.dim() == 2
+    check_tensor(OP, "query", query, (n_heads, head_dim) if learned else (batch, n_heads, head_dim))
+    same = isinstance(groups, Tensor) and groups.dim() == 1
+    check_tensor(OP, "groups", groups, (length,) if same else (batch, length))
     if bias is not None:
         check_tensor(OP, "bias", bias, ("M", "H or 1", length))
-        check(bias.shape[1] in (1, n_heads), f"{OP}: bias must have {n_heads} heads or 1, found {bias.shape[1]}")
+        if bias.shape[1] not in (1, n_heads):
+            raise CaptError(f"{OP}: bias must have {n_heads} heads or 1, found {bias.shape[1]}")
+    check_float(OP, query=query, keys=keys, values=values, bias=bias)
+    check_integer(OP, groups=groups)
+    n_groups = check_count(OP, "n_groups", n_groups)
+    check_index_range(OP, "groups", groups, 0, n_groups)
     check_same_device(OP, query=query, keys=keys, values=values, groups=groups, bias=bias)
     plan(backend)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = max(head_dim, 1) ** -0.5 if scale is None else check_number(OP, "scale", scale)
     return AttentionReadout(*reference.attention_readout(query, keys, values, groups, n_groups, bias, scale))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from capt import reference
+from capt.errors import CaptError
 from capt.ops._checks import (
-    check,
     check_count,
     check_float,
     check_index_range,
@@ -57,7 +57,8 @@ def bank_topk(
 
     Source: the retrieval step of CAPT's sample confusion miner; exclusion and ranges are ours. Raises CaptError.
     """
-    _check_arguments(queries, rows, k, ranges, row_ids, exclude)
+    k = check_count(OP, "k", k)
+    _check_arguments(queries, rows, ranges, row_ids, exclude)
     queries, rows = queries.detach(), rows.detach()
     chosen, _ = DISPATCH.choose(queries.device.type, queries.dtype, backend, {"cpu": slow_half(queries.dtype)})
     if chosen == "reference":
@@ -98,20 +99,18 @@ def plan(
 
 
 def _check_arguments(
-    queries: Tensor, rows: Tensor, k: int, ranges: Tensor | None, row_ids: Tensor | None, exclude: Tensor | None
+    queries: Tensor, rows: Tensor, ranges: Tensor | None, row_ids: Tensor | None, exclude: Tensor | None
 ) -> None:
     check_tensor(OP, "queries", queries, ("Q", "d"))
     check_tensor(OP, "rows", rows, ("N", queries.shape[1]))
     check_float(OP, queries=queries, rows=rows)
-    check(
-        queries.dtype == rows.dtype, f"{OP}: rows must have the dtype of queries, {queries.dtype}, found {rows.dtype}"
-    )
-    check_count(OP, "k", k)
-    check(rows.shape[0] < 1 << 32, f"{OP}: rows has {rows.shape[0]} entries, at most {(1 << 32) - 1} are supported")
-    check(
-        (row_ids is None) == (exclude is None),
-        f"{OP}: row_ids and exclude belong together, found only {'exclude' if row_ids is None else 'row_ids'}",
-    )
+    if queries.dtype != rows.dtype:
+        raise CaptError(f"{OP}: rows must have the dtype of queries, {queries.dtype}, found {rows.dtype}")
+    if rows.shape[0] >= 1 << 32:
+        raise CaptError(f"{OP}: rows has {rows.shape[0]} entries, at most {(1 << 32) - 1} are supported")
+    if (row_ids is None) != (exclude is None):
+        only = "exclude" if row_ids is None else "row_ids"
+        raise CaptError(f"{OP}: row_ids and exclude belong together, found only {only}")
     if row_ids is not None and exclude is not None:
         check_tensor(OP, "row_ids", row_ids, (rows.shape[0],))
         check_tensor(OP, "exclude", exclude, (queries.shape[0],))

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_count, check_float, check_index_range, check_same_device, check_tensor
+from capt.errors import CaptError
+from capt.ops._checks import (
+    check_count,
+    check_float,
+    check_index_range,
+    check_same_device,
+    check_tensor,
+    readable,
+)
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "confusion_pairs"
@@ -54,7 +62,8 @@ def confusion_pairs(
     >>> pseudo.tolist(), index.tolist()
     ([1], [[3, 2]])
     """
-    _check_arguments(logits, k, offsets, classes, counts)
+    k = check_count(OP, "k", k)
+    _check_arguments(logits, offsets, classes, counts)
     chosen, _ = DISPATCH.choose(logits.device.type, logits.dtype, backend, {"cpu": slow_half(logits.dtype)})
     if offsets is not None and classes is not None and counts is not None:
         offsets, classes = offsets.long().contiguous(), classes.long().contiguous()
@@ -85,27 +94,33 @@ def plan(
     return Plan(OP, chosen, reason, traffic, batch * n_classes * 26, DISPATCH.rejected(place, dtype, against))
 
 
-def _check_arguments(
-    logits: Tensor, k: int, offsets: Tensor | None, classes: Tensor | None, counts: Tensor | None
-) -> None:
+def _check_arguments(logits: Tensor, offsets: Tensor | None, classes: Tensor | None, counts: Tensor | None) -> None:
     check_tensor(OP, "logits", logits, ("B", "C"))
     check_float(OP, logits=logits)
     n_classes = logits.shape[1]
-    check(n_classes >= 2, f"{OP}: logits must have at least 2 classes, found {n_classes}")
-    check(n_classes < 1 << 31, f"{OP}: logits has {n_classes} classes, at most {(1 << 31) - 1} are supported")
-    check_count(OP, "k", k)
+    if not 2 <= n_classes < 1 << 31:
+        raise CaptError(f"{OP}: logits must have at least 2 classes and at most {(1 << 31) - 1}, found {n_classes}")
     given = [value is not None for value in (offsets, classes, counts)]
-    check(all(given) or not any(given), f"{OP}: offsets, classes and counts belong together; give all three or none")
-    check_same_device(OP, logits=logits, offsets=offsets, classes=classes, counts=counts)
+    if any(given) and not all(given):
+        raise CaptError(f"{OP}: offsets, classes and counts belong together; give all three or none")
     if offsets is not None and classes is not None and counts is not None:
         check_tensor(OP, "offsets", offsets, (n_classes + 1,))
         check_tensor(OP, "classes", classes, ("nnz",))
         check_tensor(OP, "counts", counts, (classes.shape[0],))
         for name, value in {"offsets": offsets, "classes": classes}.items():
-            whole = not (value.is_floating_point() or value.is_complex())
-            check(whole, f"{OP}: {name} must be an integer tensor, found {value.dtype}; call .long()")
+            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise CaptError(f"{OP}: {name} must be an integer tensor, found {value.dtype}; call .long()")
+        if counts.is_complex() or counts.dtype == torch.bool:
+            raise CaptError(f"{OP}: counts must be an integer or floating tensor, found {counts.dtype}")
         check_index_range(OP, "offsets", offsets, 0, classes.shape[0] + 1)
         check_index_range(OP, "classes", classes, 0, n_classes)
+        if readable(offsets) and bool((offsets[1:] < offsets[:-1]).any()):
+            raise CaptError(f"{OP}: offsets must not decrease")
+        if readable(counts):
+            low, high = (float(bound) for bound in torch.aminmax(counts.detach().float()))
+            if not (low >= 0 and high < float("inf")):  # NaN fails both
+                raise CaptError(f"{OP}: counts must be finite and at least 0, found values from {low} to {high}")
+    check_same_device(OP, logits=logits, offsets=offsets, classes=classes, counts=counts)
 
 
 # ---- registration ------------------------------------------------------------------------------------------------

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from capt import reference
 from capt.errors import CaptError
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
-from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, forced_impossible, slow_half
+from capt.ops._checks import (
+    check_count,
+    check_float,
+    check_number,
+    check_same_device,
+    check_tensor,
+    differentiable_once,
+    tangent_obstacles,
+)
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "expert_gating"
 CPU_EXPERTS = 512  #: CAPT_ROUTER_EXPERTS of csrc/expert_gating.h
@@ -55,11 +63,10 @@ def expert_gating(
     exactly 0. Bitwise repeatable on every backend. Sums are formed in float32; parameters of other dtypes than x are
     widened to float32, and x with them. Source: CAPT's expert module. Raises CaptError.
     """
-    _check_arguments(x, gate, w_in, b_in, w_out, b_out, top_k, dropout)
+    top_k, dropout = _checked(x, gate, w_in, b_in, w_out, b_out, top_k, dropout)
     tensors: tuple[Tensor, ...] = (x, gate, w_in, b_in, w_out, b_out)
-    chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, _disadvantages(x.dtype, len(gate)))
-    if chosen == "cpu" and len(gate) > CPU_EXPERTS:
-        raise forced_impossible(OP, "cpu", f"{len(gate)} experts are more than {CPU_EXPERTS}")
+    obstacles = _obstacles(gate.shape[0]) | tangent_obstacles(*tensors)
+    chosen, _ = DISPATCH.choose(x.device.type, x.dtype, backend, {"cpu": slow_half(x.dtype)}, obstacles)
     dropout = dropout if training else 0.0
     seed = _seed() if dropout else 0
     if chosen == "reference":
@@ -72,9 +79,9 @@ def expert_gating(
     return y.to(x.dtype), weights, probs, load
 
 
-def _disadvantages(dtype: torch.dtype, n_experts: int) -> dict[str, str]:
-    many = n_experts > CPU_EXPERTS
-    return {"cpu": f"{n_experts} experts are more than {CPU_EXPERTS}" if many else slow_half(dtype)}
+def _obstacles(n_experts: int) -> dict[str, str]:
+    """Why kernels cannot run with this many experts."""
+    return {"cpu": f"{n_experts} experts are more than {CPU_EXPERTS}"} if n_experts > CPU_EXPERTS else {}
 
 
 def _seed() -> int:
@@ -98,33 +105,41 @@ def plan(
     hidden: None: 4 * dim. Every expert is assumed to be used by some token when tokens * top_k allows it.
     """
     place = torch.device(device).type
-    against = _disadvantages(dtype, n_experts)
-    chosen, reason = DISPATCH.choose(place, dtype, backend, against)
+    obstacles = _obstacles(n_experts)
+    against = {"cpu": slow_half(dtype)}
+    chosen, reason = DISPATCH.choose(place, dtype, backend, against, obstacles)
     hidden = 4 * dim if hidden is None else hidden
     parameters = min(n_experts, tokens * top_k) * (2 * hidden * dim + hidden + dim) + n_experts * dim
     traffic = (parameters + 2 * tokens * dim) * dtype.itemsize + (2 * tokens + 1) * n_experts * 4
     flops = tokens * (2 * n_experts * dim + top_k * 4 * hidden * dim)
-    return Plan(OP, chosen, reason, traffic, flops, DISPATCH.rejected(place, dtype, against))
+    return Plan(OP, chosen, reason, traffic, flops, DISPATCH.rejected(place, dtype, against | obstacles))
 
 
-def _check_arguments(
+def _checked(
     x: Tensor, gate: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, top_k: int, dropout: float
-) -> None:
+) -> tuple[int, float]:
+    """top_k and dropout as numbers of Python, if all arguments fit."""
     check_tensor(OP, "x", x, ("N", "D"))
     dim = x.shape[1]
     check_tensor(OP, "gate", gate, ("E", dim))
     n_experts = gate.shape[0]
     check_tensor(OP, "w_in", w_in, (n_experts, "H", dim))
     hidden = w_in.shape[1]
+    if dim < 1 or hidden < 1:
+        name, size = ("x has width", dim) if dim < 1 else ("w_in has hidden width", hidden)
+        raise CaptError(f"{OP}: {name} {size}, it must be at least 1")
     check_tensor(OP, "b_in", b_in, (n_experts, hidden))
     check_tensor(OP, "w_out", w_out, (n_experts, dim, hidden))
     check_tensor(OP, "b_out", b_out, (n_experts, dim))
     check_float(OP, x=x, gate=gate, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
     check_same_device(OP, x=x, gate=gate, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
-    check_count(OP, "top_k", top_k)
-    check(top_k <= n_experts, f"{OP}: top_k={top_k} exceeds the number of experts, {n_experts}")
+    top_k = check_count(OP, "top_k", top_k)
+    if top_k > n_experts:
+        raise CaptError(f"{OP}: top_k={top_k} exceeds the number of experts, {n_experts}")
+    dropout = check_number(OP, "dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise CaptError(f"{OP}: dropout must lie in [0, 1), found {dropout}")
+    return top_k, dropout
 
 
 # ---- registration ------------------------------------------------------------------------------------------------

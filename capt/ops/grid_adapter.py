@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
+from capt.errors import CaptError
+from capt.ops._checks import (
+    check_count,
+    check_float,
+    check_number,
+    check_same_device,
+    check_tensor,
+    differentiable_once,
+    tangent_obstacles,
+)
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "grid_adapter"
@@ -54,8 +63,14 @@ def grid_adapter(
     >>> bool((grid_adapter(tokens, weight, grid=(2, 2), n_prefix=1) == tokens).all())
     True
     """
-    _check_arguments(tokens, weight, alpha, grid, n_prefix)
-    chosen, _ = DISPATCH.choose(tokens.device.type, tokens.dtype, backend, {"cpu": slow_half(tokens.dtype)})
+    alpha, grid, n_prefix = _checked(tokens, weight, alpha, grid, n_prefix)
+    chosen, _ = DISPATCH.choose(
+        tokens.device.type,
+        tokens.dtype,
+        backend,
+        {"cpu": slow_half(tokens.dtype)},
+        tangent_obstacles(tokens, weight, alpha),
+    )
     if chosen == "reference":
         return reference.grid_adapter(tokens, weight, alpha, grid, n_prefix)
     factor, scale = None, 1.0
@@ -63,7 +78,7 @@ def grid_adapter(
         # contiguous() after reshape: an expanded alpha would otherwise keep stride 0
         factor = alpha.float().reshape(-1).contiguous()
     else:
-        scale = float(alpha)
+        scale = alpha
     op = torch.ops.capt_triton.grid_adapter if chosen == "triton" else torch.ops.capt.grid_adapter
     out: Tensor = op(tokens, weight.float().contiguous(), factor, scale, grid[0], grid[1], n_prefix, False)
     return out
@@ -89,32 +104,31 @@ def plan(
     )
 
 
-def _check_arguments(
+def _checked(
     tokens: Tensor, weight: Tensor, alpha: Tensor | float, grid: tuple[int, int], n_prefix: int
-) -> None:
+) -> tuple[Tensor | float, tuple[int, int], int]:
+    """alpha, grid and n_prefix as numbers of Python, if all arguments fit."""
     check_tensor(OP, "tokens", tokens, ("B", "L", "D"))
     batch, length, dim = tokens.shape
     check_tensor(OP, "weight", weight, (dim, 3, 3))
     check_float(OP, tokens=tokens, weight=weight, alpha=alpha if isinstance(alpha, Tensor) else None)
     pair = isinstance(grid, tuple | list | torch.Size) and len(grid) == 2
-    check(pair, f"{OP}: grid must be (height, width), found {grid!r}")
-    check_count(OP, "grid height", grid[0])
-    check_count(OP, "grid width", grid[1])
-    check_count(OP, "n_prefix", n_prefix, low=0)
-    check(
-        n_prefix + grid[0] * grid[1] <= length,
-        f"{OP}: tokens has {length} tokens, but {n_prefix} prefix tokens and a {grid[0]}x{grid[1]} grid need at least "
-        f"{n_prefix + grid[0] * grid[1]}; pass the grid of this image size",
-    )
-    number = isinstance(alpha, Tensor | int | float)
-    check(number, f"{OP}: alpha must be a number or a torch.Tensor, found {type(alpha).__name__}")
-    if isinstance(alpha, Tensor):
-        one = alpha.numel() == 1 and alpha.dim() <= 1
-        check(
-            one or tuple(alpha.shape) == (batch,),
-            f"{OP}: alpha must be a number, a tensor with one entry or [{batch}], found {list(alpha.shape)}",
+    if not pair:
+        raise CaptError(f"{OP}: grid must be (height, width), found {grid!r}")
+    height, width = check_count(OP, "grid height", grid[0]), check_count(OP, "grid width", grid[1])
+    n_prefix = check_count(OP, "n_prefix", n_prefix, low=0)
+    if n_prefix + height * width > length:
+        raise CaptError(
+            f"{OP}: tokens has {length} tokens, but {n_prefix} prefix tokens and a {height}x{width} grid need at least "
+            f"{n_prefix + height * width}; pass the grid of this image size"
         )
-    check_same_device(OP, tokens=tokens, weight=weight, alpha=alpha if isinstance(alpha, Tensor) else None)
+    if not isinstance(alpha, Tensor):
+        check_same_device(OP, tokens=tokens, weight=weight)
+        return check_number(OP, "alpha", alpha), (height, width), n_prefix
+    one = alpha.numel() == 1 and alpha.dim() <= 1
+    check_tensor(OP, "alpha", alpha, tuple(alpha.shape) if one else (batch,))
+    check_same_device(OP, tokens=tokens, weight=weight, alpha=alpha)
+    return alpha, (height, width), n_prefix
 
 
 # ---- registration ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from capt import reference
+from capt.errors import CaptError
 from capt.ops._checks import (
-    check,
     check_count,
     check_float,
     check_index_range,
@@ -57,8 +57,8 @@ def pair_frontier(
     check_tensor(OP, "group", group, (scores.shape[1],))
     check_float(OP, scores=scores)
     check_integer(OP, group=group)
-    check_count(OP, "n_groups", n_groups)
-    check_count(OP, "start", start, low=0)
+    n_groups = check_count(OP, "n_groups", n_groups)
+    start = check_count(OP, "start", start, low=0)
     check_index_range(OP, "group", group, -1, n_groups)
     check_same_device(OP, scores=scores, group=group, previous=None if previous is None else previous.score)
     plan(backend)
@@ -67,7 +67,8 @@ def pair_frontier(
         return new
     shape = list(new.score.shape)
     found = list(previous.score.shape)
-    check(found == shape, f"{OP}: previous must have shape {shape} like this chunk's frontier, found {found}")
+    if found != shape:
+        raise CaptError(f"{OP}: previous must have shape {shape} like this chunk's frontier, found {found}")
     older = (previous.score > new.score) | (
         (previous.score == new.score) & (previous.pair >= 0) & ((new.pair < 0) | (previous.pair < new.pair))
     )

@@ -17,9 +17,11 @@ from capt.ops._checks import (
     check_float,
     check_index_range,
     check_integer,
+    check_number,
     check_same_device,
     check_tensor,
     differentiable_once,
+    tangent_obstacles,
 )
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
@@ -58,16 +60,16 @@ def prompt_attention(
     forced and cannot run.
     """
     _check_arguments(query, commonality, difference, commonality_index, difference_index, log_prior)
-    if scale is None:
-        scale = query.shape[1] ** -0.5
+    scale = max(query.shape[1], 1) ** -0.5 if scale is None else check_number(OP, "scale", scale)
     dtype = query.dtype
     if commonality.dtype != dtype or difference.dtype != dtype:  # float64 has no kernel, and float32 holds the others
         double = torch.float64 in (dtype, commonality.dtype, difference.dtype)
         dtype = torch.float64 if double else torch.float32
-    chosen, _ = DISPATCH.choose(query.device.type, dtype, backend, {"cpu": slow_half(dtype)})
+    tangents = tangent_obstacles(query, commonality, difference, log_prior)
+    chosen, _ = DISPATCH.choose(query.device.type, dtype, backend, {"cpu": slow_half(dtype)}, tangents)
     if chosen == "reference":
         return reference.prompt_attention(
-            query, commonality, difference, commonality_index, difference_index, log_prior, float(scale)
+            query, commonality, difference, commonality_index, difference_index, log_prior, scale
         )
     op = torch.ops.capt_triton.prompt_attention if chosen == "triton" else torch.ops.capt.prompt_attention
     out_commonality, out_difference, _, _ = op.default(
@@ -77,7 +79,7 @@ def prompt_attention(
         commonality_index,
         difference_index,
         None if log_prior is None else log_prior.float(),
-        float(scale),
+        scale,
     )
     return out_commonality.to(query.dtype), out_difference.to(query.dtype)
 
@@ -118,12 +120,12 @@ def _check_arguments(
     check_tensor(OP, "difference", difference, ("n", "s", dim))
     check_tensor(OP, "commonality_index", commonality_index, (batch, "k"))
     check_tensor(OP, "difference_index", difference_index, (batch, commonality_index.shape[1]))
+    if log_prior is not None:
+        check_tensor(OP, "log_prior", log_prior, tuple(commonality_index.shape))
     check_float(OP, query=query, commonality=commonality, difference=difference, log_prior=log_prior)
     check_integer(OP, commonality_index=commonality_index, difference_index=difference_index)
     check_index_range(OP, "commonality_index", commonality_index, -1, commonality.shape[0])
     check_index_range(OP, "difference_index", difference_index, -1, difference.shape[0])
-    if log_prior is not None:
-        check_tensor(OP, "log_prior", log_prior, tuple(commonality_index.shape))
     check_same_device(
         OP,
         query=query,
@@ -188,6 +190,7 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
     *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output[2:])
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from capt import reference
-from capt.ops._checks import check, check_count, check_float, check_same_device, check_tensor, differentiable_once
+from capt.errors import CaptError
+from capt.ops._checks import (
+    check_count,
+    check_float,
+    check_number,
+    check_same_device,
+    check_tensor,
+    differentiable_once,
+    tangent_obstacles,
+)
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "prompt_attention_shared"
@@ -50,20 +59,19 @@ def prompt_attention_shared(
     Inputs with contiguous channels are read in place. Source: ours; the split-softmax identity follows from the
     definition. Raises CaptError, also when ``backend`` is forced and cannot run.
     """
-    _check_arguments(commonality_query, difference_query, keys, values, n_heads)
-    if scale is None:
-        scale = (keys.shape[2] // n_heads) ** -0.5
+    n_heads = _checked_heads(commonality_query, difference_query, keys, values, n_heads)
+    scale = max(keys.shape[2] // n_heads, 1) ** -0.5 if scale is None else check_number(OP, "scale", scale)
     inputs = (commonality_query, difference_query, keys, values)
     dtype = keys.dtype
     if any(value.dtype != dtype for value in inputs):  # float64 has no kernel, and float32 holds the others
         double = any(value.dtype == torch.float64 for value in inputs)
         dtype = torch.float64 if double else torch.float32
-    chosen, _ = DISPATCH.choose(keys.device.type, dtype, backend, {"cpu": slow_half(dtype)})
+    chosen, _ = DISPATCH.choose(keys.device.type, dtype, backend, {"cpu": slow_half(dtype)}, tangent_obstacles(*inputs))
     if chosen == "reference":
-        return reference.prompt_attention_shared(*inputs, n_heads, float(scale))
+        return reference.prompt_attention_shared(*inputs, n_heads, scale)
     namespace = torch.ops.capt_triton if chosen == "triton" else torch.ops.capt
     out_commonality, out_difference, lse_commonality, lse_difference = namespace.prompt_attention_shared.default(
-        *(value.to(dtype) for value in inputs), n_heads, float(scale)
+        *(value.to(dtype) for value in inputs), n_heads, scale
     )
     return out_commonality.to(keys.dtype), out_difference.to(keys.dtype), lse_commonality, lse_difference
 
@@ -90,25 +98,26 @@ def plan(
     return Plan(OP, chosen, reason, traffic, flops, DISPATCH.rejected(place, dtype, against))
 
 
-def _check_arguments(
+def _checked_heads(
     commonality_query: Tensor, difference_query: Tensor, keys: Tensor, values: Tensor, n_heads: int
-) -> None:
+) -> int:
+    """n_heads as an int of Python, if all arguments fit."""
     check_tensor(OP, "keys", keys, ("B", "L", "D"))
     batch, n_keys, dim = keys.shape
     check_tensor(OP, "values", values, (batch, n_keys, dim))
-    check(n_keys >= 1, f"{OP}: keys must hold at least one token, found shape {list(keys.shape)}")
+    if n_keys < 1:
+        raise CaptError(f"{OP}: keys must hold at least one token, found shape {list(keys.shape)}")
     for name, query in (("commonality_query", commonality_query), ("difference_query", difference_query)):
-        check(
-            isinstance(query, Tensor) and query.dim() in (2, 3),
-            f"{OP}: {name} must be a tensor [R, D] or [B, R, D], found {list(getattr(query, 'shape', ()))}",
-        )
-        check_tensor(OP, name, query, ("R", dim) if query.dim() == 2 else (batch, "R", dim))
+        flat = isinstance(query, Tensor) and query.dim() == 2
+        check_tensor(OP, name, query, ("R", dim) if flat else (batch, "R", dim))
     check_float(OP, commonality_query=commonality_query, difference_query=difference_query, keys=keys, values=values)
-    check_count(OP, "n_heads", n_heads)
-    check(dim % n_heads == 0, f"{OP}: width {dim} is not divisible by n_heads={n_heads}")
+    n_heads = check_count(OP, "n_heads", n_heads)
+    if dim % n_heads:
+        raise CaptError(f"{OP}: width {dim} is not divisible by n_heads={n_heads}")
     check_same_device(
         OP, commonality_query=commonality_query, difference_query=difference_query, keys=keys, values=values
     )
+    return n_heads
 
 
 # ---- registration ------------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ struct Ahead {
   const char* at;
   int64_t lines;
 
-  Ahead(const void* start, int64_t bytes, int64_t steps)
-      : at(static_cast<const char*>(start)), lines((bytes / 64 + steps - 1) / steps) {}
+  Ahead(const void* start, int64_t bytes, int64_t steps)  // no steps: rows without channels
+      : at(static_cast<const char*>(start)), lines(steps > 0 ? (bytes / 64 + steps - 1) / steps : 0) {}
   void step() {
     for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line);
     at += 64 * lines;

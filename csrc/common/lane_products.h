@@ -105,6 +105,7 @@ struct Weights {
 template <typename T>
 void weights_times_lanes(Weights<T> a, int64_t rows, int64_t n_k, Right b, int64_t vectors, Result c) {
   alignas(64) float buffer[kRows * kBlock];
+  if (n_k == 0) return product({buffer, 0, 0, 0, 0}, rows, b, vectors, c, 1, 0, false);  // zeros
   for (int64_t k = 0; k < n_k; k += kBlock) {
     const int64_t count = smaller(kBlock, n_k - k);
     Left left = {buffer, kBlock, 1, 0, 0};

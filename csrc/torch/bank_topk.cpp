@@ -61,7 +61,22 @@ class Lists {
   CaptTopkLists view;
 };
 
+// A parallel loop whose body allocates; an exception that left a worker would lose its message.
+template <typename Body>
+void parallel_lists(int64_t count, int64_t grain, int64_t k, const Body& body) {
+  std::atomic<bool> failed{false};
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  STD_TORCH_CHECK(!failed, "capt::bank_topk: no memory for lists of k=", k);
+}
+
 Tensor channels_side_by_side(const Tensor& matrix) {
+  STD_TORCH_CHECK(matrix.dim() == 2, "capt::bank_topk: queries must be [Q, d] and rows [N, d]");
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
 }
 
@@ -73,9 +88,8 @@ const int64_t* numbers(const OptionalTensor& values, int64_t count, const char* 
 }
 
 CaptBankTopk bank_args(const Tensor& queries, const Tensor& rows, int64_t k, const OptionalTensor& row_ids,
-                       const OptionalTensor& exclude) {
-  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2 && queries.size(1) == rows.size(1),
-                  "capt::bank_topk: queries must be [Q, d] and rows [N, d]");
+                       const OptionalTensor& exclude, bool by_query) {
+  STD_TORCH_CHECK(queries.size(1) == rows.size(1), "capt::bank_topk: queries must be [Q, d] and rows [N, d]");
   STD_TORCH_CHECK(queries.scalar_type() == rows.scalar_type(), "capt::bank_topk: queries and rows differ in dtype");
   STD_TORCH_CHECK(k >= 1 && rows.size(0) < (int64_t{1} << 32), "capt::bank_topk: k >= 1 and N < 2**32 are needed");
   STD_TORCH_CHECK(row_ids.has_value() == exclude.has_value(), "capt::bank_topk: row_ids and exclude belong together");
@@ -89,6 +103,7 @@ CaptBankTopk bank_args(const Tensor& queries, const Tensor& rows, int64_t k, con
                       k,
                       queries.stride(0),
                       rows.stride(0),
+                      by_query ? 1 : queries.size(0),
                       dtype_code(queries, "capt::bank_topk: queries")};
 }
 
@@ -117,7 +132,7 @@ void search_block(const CaptBankTopk& args, int level, int64_t first, int64_t co
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::vector<std::unique_ptr<Lists>> parts;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t, int64_t) {
+  parallel_lists(chunks, 1, args.k, [&](int64_t, int64_t) {
     auto lists = std::make_unique<Lists>(first, count, args.k, args.n_rows);
     const Buffer scratch(capt_bank_scratch_bytes(&args));
     for (int64_t taken = next++; taken < chunks; taken = next++) {
@@ -127,7 +142,7 @@ void search_block(const CaptBankTopk& args, int level, int64_t first, int64_t co
     const std::lock_guard<std::mutex> lock(mutex);
     parts.push_back(std::move(lists));
   });
-  torch::stable::parallel_for(0, count, 1 + kTaskKeys / args.k, [&](int64_t begin, int64_t end) {
+  parallel_lists(count, 1 + kTaskKeys / args.k, args.k, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys;
     for (int64_t q = begin; q < end; ++q) {
       keys.clear();
@@ -144,7 +159,7 @@ void search_block(const CaptBankTopk& args, int level, int64_t first, int64_t co
 std::tuple<Tensor, Tensor> bank_topk_cpu(const Tensor& given_queries, const Tensor& given_rows, int64_t k,
                                          const OptionalTensor& row_ids, const OptionalTensor& exclude) {
   const Tensor queries = channels_side_by_side(given_queries), rows = channels_side_by_side(given_rows);
-  const auto args = bank_args(queries, rows, k, row_ids, exclude);
+  const auto args = bank_args(queries, rows, k, row_ids, exclude, /*by_query=*/false);
   Result out = results(queries, {args.n_queries, k});
   const int level = capt_cpu_level();
   const int64_t list_bytes = 8 * capt_topk_capacity(k, args.n_rows) * torch::stable::get_num_threads();
@@ -206,7 +221,7 @@ std::tuple<Tensor, Tensor> bank_topk_ranges_cpu(const Tensor& given_queries, con
                                                 const Tensor& ranges, int64_t k, const OptionalTensor& row_ids,
                                                 const OptionalTensor& exclude) {
   const Tensor queries = channels_side_by_side(given_queries), rows = channels_side_by_side(given_rows);
-  const auto args = bank_args(queries, rows, k, row_ids, exclude);
+  const auto args = bank_args(queries, rows, k, row_ids, exclude, /*by_query=*/true);
   STD_TORCH_CHECK(ranges.dim() == 4 && ranges.size(0) == args.n_queries && ranges.size(3) == 2 &&
                       ranges.scalar_type() == ScalarType::Long && ranges.is_contiguous(),
                   "capt::bank_topk_ranges: ranges must be contiguous int64 [Q, P, S, 2]");
@@ -223,7 +238,7 @@ std::tuple<Tensor, Tensor> bank_topk_ranges_cpu(const Tensor& given_queries, con
   const int64_t bytes = n_candidates * args.dim * (args.dtype == CAPT_FLOAT32 ? 4 : 2);
   std::vector<std::vector<uint64_t>> best(pieces.size());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, n_pieces, 1 + n_pieces * kTaskBytes / (bytes + 1), [&](int64_t, int64_t) {
+  parallel_lists(n_pieces, 1 + n_pieces * kTaskBytes / (bytes + 1), k, [&](int64_t, int64_t) {
     const Buffer packed(capt_bank_packed_bytes(&args, 1)), scratch(capt_bank_scratch_bytes(&args));
     Lists lists(0, 1, k, std::min(kPieceRows, args.n_rows));
     int64_t query = -1;
@@ -246,7 +261,7 @@ std::tuple<Tensor, Tensor> bank_topk_ranges_cpu(const Tensor& given_queries, con
   std::vector<int64_t> bounds(static_cast<size_t>(n_segments) + 1);  // pieces of each segment
   for (const Piece& piece : pieces) ++bounds[static_cast<size_t>(piece.segment) + 1];
   for (size_t s = 1; s < bounds.size(); ++s) bounds[s] += bounds[s - 1];
-  torch::stable::parallel_for(0, n_segments, 1 + kTaskKeys / k, [&](int64_t begin, int64_t end) {
+  parallel_lists(n_segments, 1 + kTaskKeys / k, k, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys;
     for (int64_t s = begin; s < end; ++s) {
       keys.clear();

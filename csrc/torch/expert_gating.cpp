@@ -73,6 +73,8 @@ std::tuple<Tensor, Tensor> router_backward_cpu(const Tensor& grad_weights, const
                                                const Tensor& weights, const Tensor& probs, const Tensor& given,
                                                const Tensor& given_gate, bool need_x, bool need_gate) {
   const Tensor x = in_order(given), gate = floats(given_gate);
+  STD_TORCH_CHECK(x.dim() == 2 && gate.dim() == 2 && gate.size(1) == x.size(1),
+                  "capt::expert_router_backward: x must be [N, D] and gate [E, D]");
   const Tensor inputs[4] = {floats(grad_weights), floats(grad_probs), floats(weights), floats(probs)};
   const int64_t n_tokens = x.size(0), dim = x.size(1), n_experts = gate.size(0);
   for (const Tensor& input : inputs) {

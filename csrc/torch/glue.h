@@ -30,7 +30,7 @@ inline int32_t dtype_code(const Tensor& tensor, const char* name) {
 
 // The kernels walk channels as a contiguous run; anything else is copied once.
 inline Tensor channels_contiguous(const Tensor& tensor) {
-  return tensor.size(2) > 1 && tensor.stride(2) != 1 ? torch::stable::contiguous(tensor) : tensor;
+  return tensor.dim() == 3 && tensor.size(2) > 1 && tensor.stride(2) != 1 ? torch::stable::contiguous(tensor) : tensor;
 }
 
 #ifdef CAPT_WITH_CUDA

@@ -16,9 +16,10 @@ CaptGridAdapter adapter_args(const Tensor& tokens, const Tensor& weight, const O
                              int64_t height, int64_t width, int64_t n_prefix, bool transpose, Tensor& out) {
   STD_TORCH_CHECK(tokens.dim() == 3, "capt::grid_adapter: tokens must be [B, L, D]");
   const int64_t batch = tokens.size(0), length = tokens.size(1), dim = tokens.size(2);
-  STD_TORCH_CHECK(height > 0 && width > 0 && n_prefix >= 0 && n_prefix + height * width <= length,
-                  "capt::grid_adapter: grid ", height, "x", width, " after ", n_prefix,
-                  " prefix tokens does not fit into ", length, " tokens");
+  STD_TORCH_CHECK(
+      height > 0 && width > 0 && n_prefix >= 0 && n_prefix <= length && height <= (length - n_prefix) / width,
+      "capt::grid_adapter: grid ", height, "x", width, " after ", n_prefix, " prefix tokens does not fit into ", length,
+      " tokens");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.numel() == dim * 9 && weight.is_contiguous(),
                   "capt::grid_adapter: weight must be contiguous float32 [D, 3, 3]");
   int64_t alpha_stride = 0;
@@ -47,6 +48,7 @@ CaptGridAdapter adapter_args(const Tensor& tokens, const Tensor& weight, const O
 }
 
 Tensor adapter_output(const Tensor& tokens) {
+  STD_TORCH_CHECK(tokens.dim() == 3, "capt::grid_adapter: tokens must be [B, L, D]");
   return torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1), tokens.size(2)});
 }
 
@@ -70,7 +72,8 @@ CaptGridCorrelate correlate_args(const Tensor& tokens, const Tensor& grad, int64
                       tokens.size(1) == grad.size(1) && tokens.size(2) == grad.size(2) &&
                       tokens.scalar_type() == grad.scalar_type(),
                   "capt::grid_adapter_correlate: tokens and grad must have one shape [B, L, D] and one dtype");
-  STD_TORCH_CHECK(height > 0 && width > 0 && n_prefix >= 0 && n_prefix + height * width <= tokens.size(1),
+  STD_TORCH_CHECK(height > 0 && width > 0 && n_prefix >= 0 && n_prefix <= tokens.size(1) &&
+                      height <= (tokens.size(1) - n_prefix) / width,
                   "capt::grid_adapter_correlate: the grid does not fit into the tokens");
   return CaptGridCorrelate{tokens.data_ptr(),
                            grad.data_ptr(),
@@ -89,6 +92,7 @@ CaptGridCorrelate correlate_args(const Tensor& tokens, const Tensor& grad, int64
 }
 
 Tensor correlate_output(const Tensor& tokens) {
+  STD_TORCH_CHECK(tokens.dim() == 3, "capt::grid_adapter_correlate: tokens must be [B, L, D]");
   return torch::stable::new_empty(tokens, {tokens.size(0), 9, tokens.size(2)}, ScalarType::Float);
 }
 

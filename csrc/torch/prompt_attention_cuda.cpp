@@ -32,6 +32,10 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& tensor) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
+bool together(const Tensor& tensor, const Tensor& leader) {
+  return tensor.is_cuda() && tensor.get_device_index() == leader.get_device_index();
+}
+
 // Contiguous inputs of the gathered ops, held for the length of a call.
 struct Gathered {
   Tensor query, table[2], index[2];
@@ -52,12 +56,12 @@ struct Gathered {
     args.scale = static_cast<float>(scale);
     args.dtype = dtype_code(query, "capt::prompt_attention: query");
     for (int i = 0; i < 2; ++i) {
-      STD_TORCH_CHECK(
-          table[i].dim() == 3 && table[i].size(2) == args.dim && table[i].scalar_type() == query.scalar_type(),
-          "capt::prompt_attention: tables must be [n, s, d] of the query's dtype");
+      STD_TORCH_CHECK(table[i].dim() == 3 && table[i].size(2) == args.dim &&
+                          table[i].scalar_type() == query.scalar_type() && together(table[i], query),
+                      "capt::prompt_attention: tables must be [n, s, d] of the query's dtype, on its device");
       STD_TORCH_CHECK(index[i].dim() == 2 && index[i].size(0) == args.batch && index[i].size(1) == args.pairs &&
-                          index[i].scalar_type() == ScalarType::Long,
-                      "capt::prompt_attention: indices must be int64 [B, k]");
+                          index[i].scalar_type() == ScalarType::Long && together(index[i], query),
+                      "capt::prompt_attention: indices must be int64 [B, k] on the device of query");
       STD_TORCH_CHECK(args.pairs * table[i].size(1) < int64_t{1} << 31,
                       "capt::prompt_attention: an image must attend to fewer than 2^31 rows");
       args.stream[i].table = table[i].data_ptr();
@@ -67,8 +71,9 @@ struct Gathered {
     }
     if (log_prior_.has_value()) {
       log_prior = contiguous(*log_prior_);
-      STD_TORCH_CHECK(log_prior->numel() == args.batch * args.pairs && log_prior->scalar_type() == ScalarType::Float,
-                      "capt::prompt_attention: log_prior must be float32 [B, k]");
+      STD_TORCH_CHECK(log_prior->numel() == args.batch * args.pairs && log_prior->scalar_type() == ScalarType::Float &&
+                          together(*log_prior, query),
+                      "capt::prompt_attention: log_prior must be float32 [B, k] on the device of query");
       args.log_prior = floats(*log_prior);
     }
   }
@@ -104,10 +109,11 @@ Four gathered_backward_cuda(const Tensor& grad_commonality, const Tensor& grad_d
   Tensor table[2], ascending[2], order[2];
   for (int i = 0; i < 2; ++i) {
     CaptPromptStream& kind = args.stream[i];
-    STD_TORCH_CHECK(grad[i].numel() == args.batch * args.dim && grad[i].scalar_type() == query.scalar_type() &&
-                        weight[i].numel() == args.batch * args.pairs * kind.prompts &&
-                        weight[i].scalar_type() == ScalarType::Float,
-                    "capt::prompt_attention_backward: gradients and weights must be those of the forward call");
+    STD_TORCH_CHECK(
+        grad[i].numel() == args.batch * args.dim && grad[i].scalar_type() == query.scalar_type() &&
+            weight[i].numel() == args.batch * args.pairs * kind.prompts &&
+            weight[i].scalar_type() == ScalarType::Float && together(grad[i], query) && together(weight[i], query),
+        "capt::prompt_attention_backward: gradients and weights must be those of the forward call, on its device");
     kind.grad = grad[i].data_ptr();
     kind.weight = floats(weight[i]);
     table[i] = need_tables ? new_empty(query, {kind.rows, kind.prompts, args.dim}) : new_empty(query, {0});
@@ -139,10 +145,11 @@ struct Shared {
       : query{contiguous(commonality_query), contiguous(difference_query)},
         keys(channels_contiguous(keys_)),
         values(channels_contiguous(values_)) {
-    STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3 && keys.size(0) == values.size(0) &&
-                        keys.size(1) == values.size(1) && keys.size(2) == values.size(2) && keys.size(1) > 0 &&
-                        keys.scalar_type() == values.scalar_type(),
-                    "capt::prompt_attention_shared: keys and values must have one shape [B, L, D], L >= 1, one dtype");
+    STD_TORCH_CHECK(
+        keys.dim() == 3 && values.dim() == 3 && keys.size(0) == values.size(0) && keys.size(1) == values.size(1) &&
+            keys.size(2) == values.size(2) && keys.size(1) > 0 && keys.scalar_type() == values.scalar_type() &&
+            together(values, keys),
+        "capt::prompt_attention_shared: keys and values must have one shape [B, L, D], L >= 1, one dtype, one device");
     STD_TORCH_CHECK(n_heads > 0 && keys.size(2) % n_heads == 0, "capt::prompt_attention_shared: width ", keys.size(2),
                     " is not divisible by n_heads=", n_heads);
     args.keys = keys.data_ptr();
@@ -159,9 +166,10 @@ struct Shared {
     args.dtype = dtype_code(keys, "capt::prompt_attention_shared: keys");
     for (int i = 0; i < 2; ++i) {
       const int64_t axes = query[i].dim();
-      STD_TORCH_CHECK((axes == 2 || (axes == 3 && query[i].size(0) == args.batch)) &&
-                          query[i].size(axes - 1) == keys.size(2) && query[i].scalar_type() == keys.scalar_type(),
-                      "capt::prompt_attention_shared: queries must be [R, D] or [B, R, D] of the dtype of keys");
+      STD_TORCH_CHECK(
+          (axes == 2 || (axes == 3 && query[i].size(0) == args.batch)) && query[i].size(axes - 1) == keys.size(2) &&
+              query[i].scalar_type() == keys.scalar_type() && together(query[i], keys),
+          "capt::prompt_attention_shared: queries must be [R, D] or [B, R, D] of the dtype of keys, on its device");
       args.query[i].query = query[i].data_ptr();
       args.query[i].rows = query[i].size(axes - 2);
       args.query[i].per_image = axes == 3;
@@ -205,9 +213,11 @@ Four shared_backward_cuda(const Tensor& grad_com, const Tensor& grad_diff, const
     STD_TORCH_CHECK(grad[i].numel() == elements && grad[i].scalar_type() == keys.scalar_type() &&
                         out[i].numel() == elements && out[i].scalar_type() == keys.scalar_type() &&
                         grad_lse[i].numel() == numbers && grad_lse[i].scalar_type() == ScalarType::Float &&
-                        lse[i].numel() == numbers && lse[i].scalar_type() == ScalarType::Float,
+                        lse[i].numel() == numbers && lse[i].scalar_type() == ScalarType::Float &&
+                        together(grad[i], keys) && together(out[i], keys) && together(grad_lse[i], keys) &&
+                        together(lse[i], keys),
                     "capt::prompt_attention_shared_backward: gradients, outputs and log-sum-exps must be those of the "
-                    "forward call");
+                    "forward call, on its device");
     kind.grad = grad[i].data_ptr();
     kind.grad_lse = floats(grad_lse[i]);
     kind.out = out[i].data_ptr();

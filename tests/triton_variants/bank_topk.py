@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from capt.kernels import bank_topk as k
+
+
+def _with_wide_products(compiled: Any) -> Any:
+    """A kernel whose addresses are products of int64: row_step * (d - 1) of a column-major bank passes 2^31."""
+    products = re.findall(r"arith\.muli [^\n]*: (tensor<[^>]*>)", compiled.asm["ttir"])
+    assert products and all(kind.endswith("xi64>") for kind in products), products
+    return compiled
 
 
 def variants(mock: Any) -> Iterator[tuple[str, Any]]:
@@ -31,11 +39,17 @@ def variants(mock: Any) -> Iterator[tuple[str, Any]]:
             "BLOCK_D": k.BLOCK_D,
             "grid": (1,),
         }
-        sizes = (100_000, 512, 512, 1, 512, 1, 32)
+        sizes = (100_000, 512, 512, 1, 32)
         scan = k._scan_kernel.warmup(features, features, *[longs] * 4, 64, *sizes, **whole, **options)
         yield f"whole {name}", scan
         scan = k._scan_ranges_kernel.warmup(features, features, *[longs] * 5, 5, 2, *sizes, **ranges, **options)
         yield f"ranges {name}", scan
+        options["BLOCK_D"] = k.STRIDED_D
+        sizes = (3_000_001, 768, 1, 3_000_001, 32)
+        scan = k._scan_strided_kernel.warmup(features, features, *[longs] * 4, 64, *sizes, **whole, **options)
+        yield f"whole strided {name}", _with_wide_products(scan)
+        scan = k._scan_ranges_strided_kernel.warmup(features, features, *[longs] * 5, 5, 2, *sizes, **ranges, **options)
+        yield f"ranges strided {name}", _with_wide_products(scan)
     for width in (16, k.MAX_LIST):
         compiled = k._merge_kernel.warmup(
             longs, longs, floats, longs, 32 * width, width, 0, width,

@@ -42,7 +42,18 @@ def variants(mock: Any) -> Iterator[tuple[str, Any]]:
         yield (
             f"shared delta {name}",
             s._delta_kernel.warmup(
-                x, x, floats, floats, 400, 8, 64, BLOCK_M=s.DELTA_ROWS, BLOCK_C=s.DELTA_WIDTH, grid=(1,), num_warps=4
+                x,
+                x,
+                floats,
+                floats,
+                13,
+                400,
+                8,
+                64,
+                BLOCK_M=s.DELTA_ROWS,
+                BLOCK_C=s.DELTA_WIDTH,
+                grid=(1,),
+                num_warps=4,
             ),
         )
         yield from _shared(name, x, floats, dtype.itemsize)
@@ -55,7 +66,7 @@ def _shared(name: str, x: Any, floats: Any, itemsize: int) -> Iterator[tuple[str
     for head in s.CONFIGS["forward", itemsize]:
         width = 8 * head
         strides = (197 * width, width, 197 * width, width, 0.125)
-        sizes = (400, 300, 400 * width, 197, 8, head, 0, 0, *strides)
+        sizes = (7, 400, 300, 400 * width, 197, 8, head, 0, 0, *strides)
         options = s.blocks("forward", itemsize, head)
         yield (
             f"shared forward {name} head={head}",
@@ -74,7 +85,7 @@ def _shared(name: str, x: Any, floats: Any, itemsize: int) -> Iterator[tuple[str
         yield (
             f"shared query {name} head={head}",
             s._query_kernel.warmup(
-                x, x, x, x, floats, floats, x, 32, 400, 197, 8, head, *strides,
+                x, x, x, x, floats, floats, x, 7, 32, 400, 197, 8, head, *strides,
                 PER_IMAGE=head == 64, **options, grid=(1,),
             ),
         )  # fmt: skip
