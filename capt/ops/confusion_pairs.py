@@ -98,8 +98,10 @@ def _check_arguments(logits: Tensor, offsets: Tensor | None, classes: Tensor | N
     check_tensor(OP, "logits", logits, ("B", "C"))
     check_float(OP, logits=logits)
     n_classes = logits.shape[1]
-    if not 2 <= n_classes < 1 << 31:
-        raise CaptError(f"{OP}: logits must have at least 2 classes and at most {(1 << 31) - 1}, found {n_classes}")
+    if n_classes < 2:
+        raise CaptError(f"{OP}: logits must have at least 2 classes, found {n_classes}")
+    if n_classes >= 1 << 31:
+        raise CaptError(f"{OP}: logits has {n_classes} classes, at most {(1 << 31) - 1} are supported")
     given = [value is not None for value in (offsets, classes, counts)]
     if any(given) and not all(given):
         raise CaptError(f"{OP}: offsets, classes and counts belong together; give all three or none")

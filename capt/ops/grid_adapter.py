@@ -126,7 +126,10 @@ def _checked(
         check_same_device(OP, tokens=tokens, weight=weight)
         return check_number(OP, "alpha", alpha), (height, width), n_prefix
     one = alpha.numel() == 1 and alpha.dim() <= 1
-    check_tensor(OP, "alpha", alpha, tuple(alpha.shape) if one else (batch,))
+    if not one and tuple(alpha.shape) != (batch,):
+        found = list(alpha.shape)
+        raise CaptError(f"{OP}: alpha must be a number, a tensor with one entry or [{batch}], found {found}")
+    check_tensor(OP, "alpha", alpha, tuple(alpha.shape))
     check_same_device(OP, tokens=tokens, weight=weight, alpha=alpha)
     return alpha, (height, width), n_prefix
 

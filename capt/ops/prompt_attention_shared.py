@@ -108,8 +108,10 @@ def _checked_heads(
     if n_keys < 1:
         raise CaptError(f"{OP}: keys must hold at least one token, found shape {list(keys.shape)}")
     for name, query in (("commonality_query", commonality_query), ("difference_query", difference_query)):
-        flat = isinstance(query, Tensor) and query.dim() == 2
-        check_tensor(OP, name, query, ("R", dim) if flat else (batch, "R", dim))
+        if not isinstance(query, Tensor) or query.dim() not in (2, 3):
+            found = list(getattr(query, "shape", ()))
+            raise CaptError(f"{OP}: {name} must be a tensor [R, D] or [B, R, D], found {found}")
+        check_tensor(OP, name, query, ("R", dim) if query.dim() == 2 else (batch, "R", dim))
     check_float(OP, commonality_query=commonality_query, difference_query=difference_query, keys=keys, values=values)
     n_heads = check_count(OP, "n_heads", n_heads)
     if dim % n_heads:
