@@ -98,8 +98,7 @@ def print_json(value: Any) -> None:
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The result table and the verdict on the terminal."""
-    from capt.evaluation.protocols import METRICS
-    from capt.report.summary import METRIC_NAMES, method_name, table_rows, verdict
+    from capt.report.summary import method_name, metric_name, metrics_of, table_rows, verdict
 
     # Names come from data, so no markup. The table needs less than 80 columns.
     console = Console(markup=False, highlight=False)
@@ -110,8 +109,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     )
     table.add_column("Method")
     table.add_column("Seed")
-    for metric in METRICS:
-        table.add_column(METRIC_NAMES[metric], justify="right")
+    for metric in metrics_of(summary):
+        table.add_column(metric_name(metric), justify="right")
     previous = None
     for row in table_rows(summary, spread="below"):
         if previous not in (None, row.method):

@@ -1,9 +1,11 @@
-"""``capt fit capt`` and ``capt demo``."""
+"""``capt fit capt``, ``capt fit`` of a base model, and ``capt demo``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,9 +21,28 @@ from capt.cli.common import (
     print_summary,
 )
 from capt.files import read_json, write_json
-from capt.methods.base_to_novel import BaseToNovelOptions, BaseToNovelRun
-from capt.methods.capt import CAPTConfig
+from capt.methods.base.registry import base_type
+from capt.methods.capt_config import CAPTConfig
+from capt.methods.runs import Run, RunOptions
+from capt.methods.runs.protocol import make_protocol
 from capt.training import TrainingOptions
+
+if TYPE_CHECKING:
+    from capt.methods.base.model import BaseConfig
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """What is trained on and what is tested."""
+
+    protocol: Literal["base-to-novel", "few-shot", "cross-dataset", "domain-generalisation"] = "base-to-novel"
+    """base-to-novel: train on half of the classes; the others train on all, and test on these, on other data sets, or
+    on other pictures of the same classes."""
+    targets: tuple[str, ...] = ()
+    """Data sets to test on, for cross-dataset and domain-generalisation."""
+
+
+Protocols = Annotated[ProtocolOptions, tyro.conf.OmitArgPrefixes]
 
 
 def fit_capt(
@@ -30,47 +51,93 @@ def fit_capt(
     model: Model = ModelOptions(),  # noqa: B008 - frozen
     where: Data = DataOptions(),  # noqa: B008 - frozen
     out: Path = Path("runs/capt"),
-    options: Annotated[BaseToNovelOptions, tyro.conf.arg(name="")] = BaseToNovelOptions(),  # noqa: B008 - frozen
+    protocol: Protocols = ProtocolOptions(),
+    options: Annotated[RunOptions, tyro.conf.arg(name="")] = RunOptions(),  # noqa: B008 - frozen
     config: Annotated[CAPTConfig, tyro.conf.arg(name="")] = CAPTConfig(),  # noqa: B008 - frozen
     json: bool = False,
 ) -> int:
-    """Train CAPT on a few images of the base classes and evaluate it beside zero-shot and a linear adapter.
+    """Train CAPT on a few images a class and evaluate it beside zero-shot, its base model and simple adapters.
 
     Args:
         data: data set: emoji, a folder with one sub-folder a class, a CSV or JSONL list, coop:<name>, or shards.
         model: which CLIP model is used.
         where: where the data set lies.
         out: folder for checkpoints, banks, metrics and summary.
-        options: shots, seeds, and the linear adapter to compare with.
+        protocol: what is trained on and what is tested.
+        options: shots, seeds, base model, and what to compare with.
         config: settings of the method.
         json: print summary.json instead of a table.
     """
-    summary = _fit(data, model, where, check_out(out), options, config, quiet=json)
-    if json:
-        print_json(summary)
-    else:
-        print_summary(summary)
-        print(f"\nrun folder: {out}")
+    summary = _fit(data, model, where, check_out(out), protocol, options, config, quiet=json)
+    _show(summary, out, json)
     return 0
+
+
+def __getattr__(name: str) -> Callable[..., int]:
+    """``fit_coop`` and so on: one verb a base model, made when it is asked for."""
+    if not name.startswith("fit_"):
+        raise AttributeError(name)
+    return _fit_base_verb(name.removeprefix("fit_").replace("_", "-"))
+
+
+def _fit_base_verb(kind: str) -> Callable[..., int]:
+    settings = base_type(kind).config_type
+
+    def fit_base(
+        data: Spec,
+        /,
+        model: Model = ModelOptions(),  # noqa: B008 - frozen
+        where: Data = DataOptions(),  # noqa: B008 - frozen
+        out: Path = Path(f"runs/{kind}"),
+        protocol: Protocols = ProtocolOptions(),
+        options: Annotated[RunOptions, tyro.conf.arg(name="")] = RunOptions(),  # noqa: B008 - frozen
+        config: BaseConfig = settings(),  # noqa: B008 - frozen
+        json: bool = False,
+    ) -> int:
+        """Train a base model on a few images a class and evaluate it beside zero-shot.
+
+        Args:
+            data: data set: emoji, a folder with one sub-folder a class, a CSV or JSONL list, coop:<name>, or shards.
+            model: which CLIP model is used.
+            where: where the data set lies.
+            out: folder for checkpoints and summary; give it to 'capt fit capt --base' to correct this model.
+            protocol: what is trained on and what is tested.
+            options: shots and seeds; base model and rivals are not used here.
+            config: settings of the model.
+            json: print summary.json instead of a table.
+        """
+        chosen = replace(options, base=kind)
+        summary = _fit(data, model, where, check_out(out), protocol, chosen, {}, config, quiet=json)
+        _show(summary, out, json)
+        return 0
+
+    # Options of the settings are written without a prefix, like those of CAPT.
+    fit_base.__annotations__["config"] = Annotated[settings, tyro.conf.arg(name="")]
+    return fit_base
 
 
 # Learning rates and evidence: each training style was held out in turn (scripts/tune_demo.py, docs/results.md).
 DEMO_CONFIG = CAPTConfig(hidden=256, views=0, training=TrainingOptions(lr=1e-4))
-DEMO_OPTIONS = BaseToNovelOptions(linear=TrainingOptions(lr=5e-4))
+DEMO_OPTIONS = RunOptions(linear=TrainingOptions(lr=5e-4))
+TOWERS = {"lite2": "embedded", "vit": "embedded-vit"}
 
 
-def demo(out: Path = Path("runs/demo"), json: bool = False) -> int:
-    """Run CAPT on the shipped emoji images with the shipped model: three seeds, a table and an HTML report.
+def demo(out: Path = Path("runs/demo"), tower: Literal["lite2", "vit"] = "lite2", json: bool = False) -> int:
+    """Run CAPT on the shipped emoji images with a shipped model: three seeds, a table and an HTML report.
 
     Needs no download and no GPU; takes a few minutes on two CPU cores.
 
     Args:
         out: folder for the run and its report.
+        tower: image tower: the convolutional one, or the smaller vision transformer.
         json: print summary.json instead of a table.
     """
     from capt.report import data_of_run, write_report
 
-    summary = _fit("emoji", ModelOptions(), DataOptions(), check_out(out), DEMO_OPTIONS, DEMO_CONFIG, quiet=json)
+    model = ModelOptions(TOWERS[tower])
+    summary = _fit(
+        "emoji", model, DataOptions(), check_out(out), ProtocolOptions(), DEMO_OPTIONS, DEMO_CONFIG, quiet=json
+    )
     page = write_report(out, data=data_of_run(out))
     if json:
         print_json(summary)
@@ -80,20 +147,33 @@ def demo(out: Path = Path("runs/demo"), json: bool = False) -> int:
     return 0
 
 
+def _show(summary: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary)
+        print(f"\nrun folder: {out}")
+
+
 def _fit(
     data: str,
     model: ModelOptions,
     where: DataOptions,
     out: Path,
-    options: BaseToNovelOptions,
-    config: CAPTConfig,
+    protocol: ProtocolOptions,
+    options: RunOptions,
+    config: CAPTConfig | Mapping[str, CAPTConfig],
+    base_config: BaseConfig | None = None,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
-    data_set, backbone = where.open(data), model.open()
+    targets = [where.open(target) for target in protocol.targets]
+    chosen = make_protocol(protocol.protocol, where.open(data), targets)
+    backbone = model.open()
     with ProgressLine(quiet) as progress:
-        summary = BaseToNovelRun(data_set, backbone, config, options, progress=progress).fit(out)
-    # How the model was opened is known here alone; 'evaluate' and 'predict' open it again in the same way.
-    record = read_json(out / "run.json")
-    write_json(out / "run.json", {**record, "opened_with": {"model": model.model, "pretrained": model.pretrained}})
-    return summary
+        run = Run(chosen, backbone, config, options, base_config=base_config, progress=progress)
+        models = run.fit(out)
+        # How the model was opened is known here alone; 'evaluate' and 'predict' open it again in the same way.
+        record = read_json(out / "run.json")
+        write_json(out / "run.json", {**record, "opened_with": {"model": model.model, "pretrained": model.pretrained}})
+        return run.evaluate(out, models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,23 +31,28 @@ def evaluate(
     /,
     model: RunModel = RunModelOptions(),  # noqa: B008 - frozen
     where: Data = DataOptions(),  # noqa: B008 - frozen
+    protocol: Literal["few-shot", "cross-dataset", "domain-generalisation"] | None = None,
+    targets: tuple[str, ...] = (),
     json: bool = False,
 ) -> int:
-    """Evaluate every seed of a finished run on the test split of a data set.
+    """Evaluate every seed of a finished run on a test split; the run's record counts how often this was done.
 
     Args:
         run: folder of the run.
-        data: data set with the same classes as the run's.
+        data: the data set of the run.
         model: which CLIP model the run was made with.
-        where: where the data set lies.
+        where: where the data sets lie.
+        protocol: score a run that was trained on all classes under another protocol than its own.
+        targets: further data sets, for cross-dataset and domain-generalisation.
         json: print the summary as JSON.
     """
-    from capt.methods import base_to_novel
+    from capt.methods import runs
 
     _require_run(run)
     data_set, backbone = where.open(data), model.open(run)
     with ProgressLine(quiet=json) as progress:
-        summary = base_to_novel.evaluate(run, data_set, backbone, progress=progress)
+        others = [where.open(target) for target in targets]
+        summary = runs.evaluate(run, data_set, backbone, targets=others, protocol=protocol, progress=progress)
     if json:
         print_json(summary)
     else:
@@ -83,8 +88,12 @@ def predict(
         raise DataError("no images given: capt predict RUN IMAGE...")
     pictures = [open_image(path) for path in images]
     classifier = CAPT.load(seed_folder(run, seed), model.open(run))
-    recorded = read_json(run / "run.json")["classes"]
-    names = classes or (*recorded["base"], *recorded["novel"])
+    recorded = read_json(run / "run.json")
+    # The classes of the data set: both halves of base-to-novel, the trained ones otherwise.
+    known = recorded["classes"].values()
+    names = classes or [
+        n for part in (known if recorded["protocol"] == "base-to-novel" else list(known)[:1]) for n in part
+    ]
     predictions = classifier.predict(pictures, names, top=top)
     if json:
         print_json([{"image": str(path), **asdict(found)} for path, found in zip(images, predictions, strict=True)])

@@ -1,4 +1,4 @@
-"""Base-to-novel evaluation: one record per seed, and how records are combined.
+"""Evaluation under the protocols: one record per seed, and how records are combined.
 
 Source: the protocol is CoCoOp's (base classes = first half, trained on; novel classes = the rest, never seen;
 each half is tested against its own class names). Two harmonic means are in use, and both are given by name:
@@ -66,7 +66,7 @@ def aggregate_seeds(per_seed: Mapping[int, Mapping[str, float]] | Mapping[str, M
 
     Returns:
         ``per_seed`` (keys are strings, as JSON wants), ``mean``, ``std`` (population, what published tables
-        use), ``std_sample`` (divided by n - 1) and ``hm_of_means``.
+        use), ``std_sample`` (divided by n - 1), and ``hm_of_means`` where there is a harmonic mean.
 
     Raises:
         DataError: no seeds, or the seeds do not have the same metrics.
@@ -80,13 +80,15 @@ def aggregate_seeds(per_seed: Mapping[int, Mapping[str, float]] | Mapping[str, M
             different = ", ".join(sorted(set(record) ^ set(names)))
             raise DataError(f"seed {seed} has other metrics than the first seed ({different}): evaluate them alike")
     combined = {name: mean_std([record[name] for record in records.values()]) for name in names}
-    return {
+    result = {
         "per_seed": records,
         "mean": {name: mean for name, (mean, _, _) in combined.items()},
         "std": {name: population for name, (_, population, _) in combined.items()},
         "std_sample": {name: sample for name, (_, _, sample) in combined.items()},
-        "hm_of_means": harmonic_mean(combined["base"][0], combined["novel"][0]),
     }
+    if "hm" in combined:
+        result["hm_of_means"] = harmonic_mean(combined["base"][0], combined["novel"][0])
+    return result
 
 
 def base_to_novel_table(rows: Iterable[Sequence[float]]) -> dict[str, float]:
@@ -141,3 +143,27 @@ def confusion_changes(
         }
         for i, (t, q) in enumerate(zip(true, predicted, strict=True))
     ]
+
+
+def target_metrics(
+    targets: Mapping[str, tuple[Any, Any]], reference_predictions: Any, n_classes: int
+) -> dict[str, float]:
+    """One seed's record where everything is trained on and several test sets are scored.
+
+    Args:
+        targets: (labels [N], predictions [N]) by name of the test set; the first is that of the trained classes.
+        reference_predictions: class ids [N] of the model whose confusions were to be repaired, on the first one.
+        n_classes: classes of the first one.
+
+    Returns:
+        ``accuracy`` of a single test set; of several, ``source`` (the first), every other by its name, and their
+        ``average``; and what :func:`capt.evaluation.correction_metrics` gives on the first.
+    """
+    scores = {name: accuracy(labels, predictions) for name, (labels, predictions) in targets.items()}
+    (first, source), *others = scores.items()
+    record = {"accuracy": source}
+    if others:
+        average = sum(score for _, score in others) / len(others)
+        record = {"source": source, **dict(others), "average": average}
+    labels, predictions = targets[first]
+    return {**record, **correction_metrics(labels, reference_predictions, predictions, n_classes)}

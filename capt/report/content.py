@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capt.errors import CaptError, DataError
-from capt.evaluation.protocols import METRICS
 from capt.files import read_json
-from capt.report.summary import METRIC_HELP, METRIC_NAMES, method_name, read_summary, table_rows, verdict
+from capt.report.summary import (
+    CORRECTIONS,
+    method_name,
+    metric_help,
+    metric_name,
+    metrics_of,
+    read_summary,
+    table_rows,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from capt.bank import ConfusionBank
@@ -39,7 +47,7 @@ def gather(run: Path, data: DataSet | None, *, n_pairs: int, images_per_pair: in
         "title": f"{summary.get('dataset', 'data set')} with {summary.get('model', 'a CLIP model')}",
         "seeds": [str(seed) for seed in summary.get("seeds", [])],
         "verdict": verdict(summary),
-        "metrics": [{"key": m, "name": METRIC_NAMES[m], "help": METRIC_HELP[m]} for m in METRICS],
+        "metrics": [{"key": m, "name": metric_name(m), "help": metric_help(m)} for m in metrics_of(summary)],
         "methods": [{"key": m, "name": method_name(m)} for m in methods],
         "rows": [
             {"method": method_name(row.method), "key": row.method, "label": row.label, "cells": list(row.cells)}
@@ -57,7 +65,7 @@ def gather(run: Path, data: DataSet | None, *, n_pairs: int, images_per_pair: in
 def seed_figure(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Coordinates of the dot plot: accuracy of every method, one dot a seed and a tick at the mean."""
     width, left, row_height, top = 640, 150, 26, 28
-    shown = ("base", "novel", "hm")
+    shown = [metric for metric in metrics_of(summary) if metric not in CORRECTIONS]
     values = [
         record[m] for method in summary["methods"].values() for record in method["per_seed"].values() for m in shown
     ]
@@ -75,7 +83,7 @@ def seed_figure(summary: Mapping[str, Any]) -> dict[str, Any]:
             rows.append(
                 {
                     "y": y,
-                    "metric": METRIC_NAMES[metric] if number == 0 else "",
+                    "metric": metric_name(metric) if number == 0 else "",
                     "method": method_name(method),
                     "series": number % 4,
                     "dots": [

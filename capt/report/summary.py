@@ -11,11 +11,26 @@ from capt.errors import DamagedFileError, DataError
 from capt.evaluation.protocols import METRICS
 from capt.files import read_json
 
-METHOD_NAMES = {"zero_shot": "Zero-shot", "linear_adapter": "Linear adapter", "capt": "CAPT"}
+METHOD_NAMES = {
+    "zero_shot": "Zero-shot",
+    "linear_adapter": "Linear adapter",
+    "plain_adapter": "Plain adapter",
+    "tip_adapter": "Tip-Adapter",
+    "linear_probe": "Linear probe",
+    "coop": "CoOp",
+    "ivlp": "IVLP",
+    "promptsrc": "PromptSRC",
+    "promptkd": "PromptKD",
+    "dpc": "DPC-style",
+    "capt": "CAPT",
+}
 METRIC_NAMES = {
     "base": "Base",
     "novel": "Novel",
     "hm": "HM",
+    "accuracy": "Accuracy",
+    "source": "Source",
+    "average": "Average",
     "sample_correction_rate": "Corrected",
     "pair_resolution_rate": "Pairs resolved",
     "net_reduction": "Net reduction",
@@ -25,13 +40,32 @@ METRIC_HELP = {
     "base": "accuracy on test images of the classes trained on",
     "novel": "accuracy on test images of classes never trained on",
     "hm": "harmonic mean of base and novel",
+    "accuracy": "accuracy on the test images",
+    "source": "accuracy on test images of the data set trained on",
+    "average": "mean accuracy over the other data sets",
     "sample_correction_rate": "share of the zero-shot mistakes on base test that are now right",
     "pair_resolution_rate": "share of the confused (true, predicted) pairs whose count at least halved",
     "net_reduction": "change of the number of mistakes on base test, as a share of the zero-shot ones",
     "new_error_rate": "share of what zero-shot had right on base test that is now wrong",
 }
+CORRECTIONS = ("sample_correction_rate", "pair_resolution_rate", "net_reduction", "new_error_rate")
 REFERENCE = "zero_shot"
 _SCHEMA = 1
+
+
+def metrics_of(summary: Mapping[str, Any]) -> list[str]:
+    """Keys of the result table's columns, in order: those of the run's protocol."""
+    return list(summary.get("metrics", METRICS))
+
+
+def metric_name(key: str) -> str:
+    """The name of a column: a metric, or a data set tested on."""
+    return METRIC_NAMES.get(key, key)
+
+
+def metric_help(key: str) -> str:
+    """What a column says."""
+    return METRIC_HELP.get(key, f"accuracy on the test images of {key}")
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:
@@ -52,7 +86,7 @@ def read_summary(run: str | Path) -> dict[str, Any]:
             raise DamagedFileError(f"'{path}': schema {summary['schema']}, expected {_SCHEMA}: evaluate again")
         for method in summary["methods"].values():
             for record in [method["mean"], method["std"], *method["per_seed"].values()]:
-                for metric in METRICS:
+                for metric in metrics_of(summary):
                     float(record[metric])
         if REFERENCE not in summary["methods"]:
             raise KeyError(REFERENCE)
@@ -78,7 +112,7 @@ def method_name(key: str) -> str:
 
 
 def _cell(method: str, metric: str, value: float, spread: float | None) -> str:
-    if method == REFERENCE and metric not in ("base", "novel", "hm"):
+    if method == REFERENCE and metric in CORRECTIONS:
         return "-"  # corrections are measured against this very model
     text = f"{100 * value:.1f}"
     return text if spread is None else f"{text} ± {100 * spread:.1f}"
@@ -90,24 +124,24 @@ def table_rows(summary: Mapping[str, Any], *, spread: Literal["beside", "below"]
     Args:
         spread: the deviation stands ``beside`` the mean as "mean ± std", or ``below`` it in a row of its own.
     """
-    rows = []
+    rows, metrics = [], metrics_of(summary)
     for method, results in summary["methods"].items():
         for seed, record in results["per_seed"].items():
-            rows.append(Row(method, seed, tuple(_cell(method, m, record[m], None) for m in METRICS)))
+            rows.append(Row(method, seed, tuple(_cell(method, m, record[m], None) for m in metrics)))
         several = len(results["per_seed"]) > 1
         deviations = results["std"] if several and spread == "beside" else {}
-        cells = (_cell(method, m, results["mean"][m], deviations.get(m)) for m in METRICS)
+        cells = (_cell(method, m, results["mean"][m], deviations.get(m)) for m in metrics)
         rows.append(Row(method, "mean", tuple(cells)))
         if several and spread == "below":
-            rows.append(Row(method, "std", tuple(_cell(method, m, results["std"][m], None) for m in METRICS)))
+            rows.append(Row(method, "std", tuple(_cell(method, m, results["std"][m], None) for m in metrics)))
     return rows
 
 
 def markdown_table(summary: Mapping[str, Any], *, seeds: bool = True) -> str:
     """The result table as GitHub Markdown, in percent; without ``seeds`` the means only."""
     lines = [
-        "| Method | Seed | " + " | ".join(METRIC_NAMES[m] for m in METRICS) + " |",
-        "| --- | --- |" + " ---: |" * len(METRICS),
+        "| Method | Seed | " + " | ".join(metric_name(m) for m in metrics_of(summary)) + " |",
+        "| --- | --- |" + " ---: |" * len(metrics_of(summary)),
     ]
     for row in table_rows(summary):
         if not seeds and row.label != "mean":
@@ -120,42 +154,58 @@ def markdown_table(summary: Mapping[str, Any], *, seeds: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _points(difference: float) -> str:
-    return f"{abs(100 * difference):.1f} points"
-
-
-def _compare(summary: Mapping[str, Any], metric: str, other: str) -> str:
-    """'x.x %, <other> y.y % (z.z points higher in the mean, higher in n of m seeds)' for CAPT."""
-    ours, theirs = summary["methods"]["capt"], summary["methods"][other]
-    difference = ours["mean"][metric] - theirs["mean"][metric]
-    shared = [seed for seed in ours["per_seed"] if seed in theirs["per_seed"]]
-    wins = sum(ours["per_seed"][seed][metric] > theirs["per_seed"][seed][metric] for seed in shared)
+def _compare(summary: Mapping[str, Any], metric: str, other: str, ours: str = "capt") -> str:
+    """'x.x %, <other> y.y % (z.z points higher in the mean, higher in n of m seeds)' for one method."""
+    mine, theirs = summary["methods"][ours], summary["methods"][other]
+    difference = mine["mean"][metric] - theirs["mean"][metric]
+    shared = [seed for seed in mine["per_seed"] if seed in theirs["per_seed"]]
+    wins = sum(mine["per_seed"][seed][metric] > theirs["per_seed"][seed][metric] for seed in shared)
     word = "higher" if difference > 0 else "lower"
     size = "the same" if round(1000 * difference) == 0 else f"{abs(100 * difference):.1f} points {word}"
     seeds = f"in the mean, higher in {wins} of {len(shared)} seeds" if len(shared) > 1 else "with one seed"
-    values = f"{100 * ours['mean'][metric]:.1f} %, {method_name(other).lower()} {100 * theirs['mean'][metric]:.1f} %"
+    name = method_name(other)
+    name = name[0].lower() + name[1:] if name.split()[0].capitalize() == name.split()[0] else name
+    values = f"{100 * mine['mean'][metric]:.1f} %, {name} {100 * theirs['mean'][metric]:.1f} %"
     return f"{values} ({size} {seeds})"
 
 
+_SENTENCES = {
+    "base": "Accuracy on the classes it was trained on",
+    "novel": "On classes it never saw",
+    "hm": "Harmonic mean of the two",
+    "accuracy": "Accuracy",
+    "source": "Accuracy on the data set it was trained on",
+    "average": "Mean accuracy over the other data sets",
+}
+_RIVALS = {"linear_adapter": "an ordinary linear adapter", "plain_adapter": "a plain adapter with as many parameters",
+           "tip_adapter": "a cache of the training features (Tip-Adapter)"}  # fmt: skip
+
+
 def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, in sentences: better or worse than zero-shot and than the linear adapter."""
+    """What the numbers say, in sentences: better or worse than zero-shot, the base model and every rival."""
     methods = summary["methods"]
-    if "capt" not in methods:
-        return ["This run holds no CAPT result, only " + ", ".join(method_name(m) for m in methods) + "."]
-    mean = methods["capt"]["mean"]
-    sentences = [
-        f"Accuracy on the classes it was trained on: CAPT {_compare(summary, 'base', REFERENCE)}.",
-        f"On classes it never saw: CAPT {_compare(summary, 'novel', REFERENCE)}.",
-        f"Harmonic mean of the two: CAPT {_compare(summary, 'hm', REFERENCE)}.",
-        f"Of the zero-shot mistakes on base test CAPT corrects {100 * mean['sample_correction_rate']:.1f} %; "
-        f"of what zero-shot had right it breaks {100 * mean['new_error_rate']:.1f} %."
+    ours = next((name for name in reversed(methods) if name == "capt"), list(methods)[-1])
+    if ours == REFERENCE:
+        return ["This run holds zero-shot results only."]
+    name, mean = method_name(ours), methods[ours]["mean"]
+    shown = [metric for metric in metrics_of(summary) if metric in _SENTENCES]
+    sentences = [f"{_SENTENCES[m]}: {name} {_compare(summary, m, REFERENCE, ours)}." for m in shown]
+    sentences.append(
+        f"Of the zero-shot mistakes on the test images of trained classes {name} corrects "
+        f"{100 * mean['sample_correction_rate']:.1f} %; of what zero-shot had right it breaks "
+        f"{100 * mean['new_error_rate']:.1f} %."
         if mean.get("n_mistakes", 1)
-        else "Zero-shot makes no mistake on base test, so there is nothing to correct.",
-    ]
-    if "linear_adapter" in methods:
-        difference = mean["hm"] - methods["linear_adapter"]["mean"]["hm"]
-        word = "beats" if difference > 0 else "does not beat"
-        sentences.append(
-            f"CAPT {word} an ordinary linear adapter in harmonic mean: {_compare(summary, 'hm', 'linear_adapter')}."
-        )
+        else "Zero-shot makes no mistake on the test images of trained classes, so there is nothing to correct."
+    )
+    summed = {"hm": "harmonic mean", "accuracy": "accuracy", "average": "mean accuracy over the other data sets"}
+    metric = next(m for m in summed if m in shown)
+    base = str(summary.get("base_model", "zero-shot")).replace("-", "_")
+    rivals = {base: f"the model it corrects, {method_name(base)},"} if base not in (REFERENCE, ours) else {}
+    for rival, description in (rivals | _RIVALS).items():
+        if rival in methods and rival != ours:
+            difference = mean[metric] - methods[rival]["mean"][metric]
+            word = "beats" if difference > 0 else "does not beat"
+            sentences.append(
+                f"{name} {word} {description} in {summed[metric]}: {_compare(summary, metric, rival, ours)}."
+            )
     return sentences

@@ -1,0 +1,392 @@
+"""Training of everything that one seed needs: base model, bank, CAPT (or several variants of it), and its rivals."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from capt.bank import ConfusionBank
+from capt.data import ImageSet
+from capt.errors import CaptError, DataError
+from capt.files import load_tensors, save_tensors
+from capt.methods.base.model import BaseConfig, BaseModel
+from capt.methods.base.registry import BASES, base_type, load_base, make_base
+from capt.methods.base.tip_adapter import TipAdapter
+from capt.methods.baselines import BottleneckAdapter, LinearAdapter, adapter_loss
+from capt.methods.capt import CAPT
+from capt.methods.capt_config import CAPTConfig
+from capt.methods.runs.options import Progress, RunOptions
+from capt.methods.runs.protocol import Protocol
+from capt.training import TokenStore, TrainingOptions, train
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+
+CHUNK = 256
+
+
+@dataclass
+class SeedModels:
+    """What one seed trained.
+
+    Attributes:
+        base: the base model f0, frozen.
+        capt: CAPT by variant name; empty for a run of the base model alone.
+        adapters: residual adapters on f0's features, by row name.
+        tip: cache of f0's training features.
+    """
+
+    base: BaseModel
+    capt: dict[str, CAPT] = field(default_factory=dict)
+    adapters: dict[str, LinearAdapter | BottleneckAdapter] = field(default_factory=dict)
+    tip: TipAdapter | None = None
+
+    @property
+    def rows(self) -> list[str]:
+        """Names of the result rows, zero-shot first."""
+        base = [] if self.base.kind == "zero-shot" else [row_name(self.base.kind)]
+        tip = [] if self.tip is None else ["tip_adapter"]
+        return ["zero_shot", *base, *self.adapters, *tip, *self.capt]
+
+
+def row_name(kind: str) -> str:
+    """Name of a base model's row."""
+    return kind.replace("-", "_")
+
+
+def positions_of(images: ImageSet, ids: np.ndarray) -> Tensor:
+    """Positions int64 in ``images`` of sample ids, all of which must be there."""
+    order = np.argsort(images.ids)
+    found = order[np.searchsorted(images.ids[order], ids).clip(max=len(order) - 1)]
+    if not np.array_equal(images.ids[found], ids):
+        raise DataError("some stored sample ids are not in this data set: it is not the data the run was made with")
+    return torch.from_numpy(np.ascontiguousarray(found))
+
+
+class Views:
+    """Cached inputs of the same images in several views; a batch draws the view of each image."""
+
+    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]], positions: Tensor) -> None:
+        """``views``: positions int64 [n] -> inputs [n, ...]; the first is without augmentation."""
+        self.views, self.positions = views, positions
+
+    def plain(self, batch: Tensor) -> Tensor:
+        """Inputs without augmentation of training images int64 [n]."""
+        return self.views[0](self.positions[batch])
+
+    def draw(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Inputs of training images int64 [n], each in a view drawn from ``generator``."""
+        if len(self.views) == 1:
+            return self.plain(batch)
+        choice = torch.randint(len(self.views), (len(batch),), generator=generator)
+        rows = [(choice == v).nonzero().squeeze(1) for v in range(len(self.views))]  # on the CPU, as the generator is
+        parts = [view(self.positions[batch[r]]) for view, r in zip(self.views, rows, strict=True) if len(r)]
+        joined = torch.cat(parts)
+        return joined[torch.argsort(torch.cat(rows)).to(joined.device)]
+
+
+class SeedTrainer:
+    """Trains the seeds of a run one after the other, sharing whatever does not depend on the seed."""
+
+    def __init__(
+        self, protocol: Protocol, backbone: Backbone, options: RunOptions, variants: Mapping[str, CAPTConfig],
+        base_config: BaseConfig | None, shots: Mapping[int, ImageSet], progress: Progress,
+    ) -> None:  # fmt: skip
+        """``shots``: training images of every seed; ``variants``: CAPT configurations by row name."""
+        self.protocol, self.backbone, self.options, self.variants = protocol, backbone, options, dict(variants)
+        self.base_config, self.shots, self.progress = base_config, dict(shots), progress
+        self.device = backbone.device
+        ids = np.unique(np.concatenate([images.ids for images in shots.values()]))
+        self.union = protocol.train.subset(np.sort(positions_of(protocol.train, ids).numpy()))
+        self._stores: dict[Hashable, Callable[[Tensor], Tensor]] = {}
+        configs = list(self.variants.values())
+        self._n_stores = 1 + max([config.views for config in configs], default=0)
+
+    # ---- cached inputs ------------------------------------------------------------------------------
+
+    def _store(
+        self, key: Hashable, what: str, images: ImageSet, encode: Callable[[Tensor], Tensor], view: int | None
+    ) -> Callable[[Tensor], Tensor]:
+        """Frozen inputs of ``images`` in one view; made once for each key."""
+        if (key, view) not in self._stores:
+            done = 0
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                self.progress(name, done, len(images))
+
+            name = what if view is None else f"{what} (augmented view {view + 1})"
+            transform = self.backbone.preprocess if view is None else self.backbone.train_transform
+            self._stores[key, view] = TokenStore(
+                images, transform, encode, seed=view, device=self.device, progress=report,
+                limit=self.options.token_memory // self._n_stores,
+            )  # fmt: skip
+        return self._stores[key, view]
+
+    def _views(
+        self, key: Hashable, what: str, images: ImageSet, encode: Callable[[Tensor], Tensor], n: int
+    ) -> list[Callable[[Tensor], Tensor]]:
+        return [self._store(key, what, images, encode, v) for v in (None, *range(n))]
+
+    # ---- base model ---------------------------------------------------------------------------------
+
+    def base(self, kind: str, seed: int, config: BaseConfig | None = None) -> BaseModel:
+        """The base model of one seed: read from the folder of an earlier run, or trained.
+
+        Raises:
+            CaptError: the folder was made with other training images or classes.
+        """
+        if kind not in BASES and Path(kind).is_dir():
+            return self._stored_base(Path(kind), seed)
+        type_ = base_type(kind)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            images, names, labels = self.shots[seed], self.protocol.classes, None
+            if not type_.uses_labels:
+                images, names = self._unlabelled()
+                labels = torch.full((len(images),), -1)
+            base = make_base(kind, self.backbone, names, config).to(self.device)
+            if labels is None:
+                labels = torch.from_numpy(images.labels.copy())
+            pool = self.union if type_.uses_labels else images
+            key = ("inputs", kind, type_.uses_labels)
+            views = Views(
+                self._views(key, f"encoding images for {kind}", pool, base.inputs, base.config.views),
+                positions_of(pool, images.ids),
+            ) if kind != "zero-shot" else None  # fmt: skip
+            if views is None:
+                return base.finish()
+            base.prepare(views.plain, labels)
+
+            def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+                return base.losses(views.draw(batch, generator), labels[batch].to(self.device))
+
+            def after(epoch: int, epochs: int, loss: float) -> None:
+                base.end_epoch(epoch, epochs)
+                self.progress(f"seed {seed}: {kind}, loss {loss:.3f}", epoch, epochs)
+
+            base.train()
+            train(
+                base.trainable().values(), step, len(images), base.config.training,
+                generator=torch.Generator().manual_seed(seed), progress=after,
+            )  # fmt: skip
+            return base.finish()
+
+    def _unlabelled(self) -> tuple[ImageSet, tuple[str, ...]]:
+        """All training images of the trained classes; with ``transductive`` those of the other classes, too."""
+        trained, others = self.protocol.train, self.protocol.unlabelled
+        if not self.options.transductive or others is None:
+            return trained, self.protocol.classes
+        everything = self.protocol.data.train
+        return everything, (*self.protocol.classes, *others.classes)
+
+    def _stored_base(self, run: Path, seed: int) -> BaseModel:
+        folder = run / f"seed-{seed}"
+        if not (folder / "base" / "base.json").is_file():
+            raise CaptError(
+                f"base '{run}': holds no base model for seed {seed}; give the folder of a 'capt fit NAME' run with the "
+                f"same seeds, or the name of a base model ({', '.join(BASES)})"
+            )
+        base = load_base(folder / "base", self.backbone)
+        from capt.files import read_json
+
+        used = {image["name"] for image in read_json(folder / "few_shot.json")["images"]}
+        if used != set(self.shots[seed].names):
+            raise CaptError(
+                f"base '{run}': seed {seed} was trained on other images than this run's {self.options.shots} shots; "
+                "use the same data, shots and seeds"
+            )
+        return base
+
+    # ---- one seed -----------------------------------------------------------------------------------
+
+    def fit(self, seed: int, folder: Path, pair_prompts: Callable[[BaseModel], object | None]) -> SeedModels:
+        """Train one seed and write its models into ``folder``.
+
+        ``pair_prompts``: written pair texts of the trained classes for a base model, or None.
+        """
+        images = self.shots[seed]
+        base = self.base(self.options.base, seed, self.base_config)
+        models = SeedModels(base)
+        if not self.variants:
+            base.save(folder / "base")
+            return models
+        labels, ids = torch.from_numpy(images.labels.copy()), torch.from_numpy(images.ids.copy())
+        with torch.no_grad():
+            text = base.class_text_features(self.protocol.classes).detach().clone()
+        shared = None if base.tower is self.backbone.tower else seed
+        prompts = pair_prompts(base)
+        if shared is not None:  # tokens of another seed's prompts are of no use
+            self._stores = {key: store for key, store in self._stores.items() if key[0][0] != "tokens"}  # type: ignore[index]
+        for name, config in self.variants.items():
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                probe = CAPT(base, self.protocol.classes, config=config, text_features=text)
+                views = Views(
+                    self._views(
+                        ("tokens", len(probe.adapter.weight), shared), "encoding training images", self.union,
+                        probe.tokens, config.views,
+                    ),
+                    positions_of(self.union, images.ids),
+                )  # fmt: skip
+                raw = [self._features(probe, view, views.positions) for view in views.views]
+                bank = self._bank(base, config, seed, raw[0], labels, ids, images, text)
+                torch.manual_seed(seed)
+                model = CAPT(
+                    base, self.protocol.classes, config=config, bank=bank, text_features=text, pair_prompts=prompts
+                )
+                model.evidence.remember(raw[0], labels.to(self.device))
+                place = folder if len(self.variants) == 1 else folder / name
+                self._train_capt(model, views, images, seed, name, place)
+                models.capt[name] = model
+            if len(models.capt) == 1:
+                self._rivals(models, raw, labels, text, seed, folder, model)
+        return models
+
+    def _features(self, model: CAPT, view: Callable[[Tensor], Tensor], positions: Tensor) -> Tensor:
+        """Base features [N, d], un-normalised, of the training images in one view."""
+        with torch.no_grad():
+            chunks = [model.adapter.encode_frozen(model.base.tower, view(part)) for part in positions.split(CHUNK)]
+        return torch.cat(chunks)
+
+    def _bank(
+        self, base: BaseModel, config: CAPTConfig, seed: int, raw: Tensor, labels: Tensor, ids: Tensor,
+        images: ImageSet, text: Tensor,
+    ) -> ConfusionBank:  # fmt: skip
+        """Mistakes on the training images of f0, or of the model that ``bank_source`` names."""
+        source, classes = base, self.protocol.classes
+        with torch.no_grad():
+            if config.bank_source in ("", base.kind):
+                logits = base.logits(raw, classes, text)
+            else:
+                source = self.base(config.bank_source, seed)
+                store = self._store(
+                    ("inputs", config.bank_source, source.uses_labels), "encoding for the bank", self.union,
+                    source.inputs, None,
+                )  # fmt: skip
+                parts = positions_of(self.union, images.ids).split(CHUNK)
+                other = torch.cat([source.features(store(part)) for part in parts])
+                logits = source.logits(other, classes)
+        return ConfusionBank.from_logits(
+            F.normalize(raw, dim=-1).cpu(), logits.cpu(), labels, ids, classes, names=images.names,
+            backbone=source.fingerprint(),
+        )  # fmt: skip
+
+    def _train_capt(
+        self, model: CAPT, views: Views, images: ImageSet, seed: int, name: str, folder: Path
+    ) -> None:
+        labels = torch.from_numpy(images.labels.copy()).to(self.device)
+        ids = torch.from_numpy(images.ids.copy()).to(self.device)
+        config = model.config
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = folder / "metrics.jsonl"
+        metrics.unlink(missing_ok=True)
+
+        def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+            return model.losses(
+                views.draw(batch, generator), labels[batch], bank_tokens=bank_tokens, sample_ids=ids[batch]
+            )
+
+        def bank_tokens(rows: Tensor) -> Tensor:
+            return views.plain(stored[rows])
+
+        def after(epoch: int, epochs: int, loss: float) -> None:
+            self.progress(f"seed {seed}: {name}, loss {loss:.3f}", epoch, epochs)
+
+        assert model.bank is not None
+        stored = positions_of(images, model.bank.sample_ids.numpy())
+        model.train()
+        train(
+            model.learning_rates(), step, len(images), config.training,
+            generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
+        )  # fmt: skip
+        model.eval().save(folder)
+
+    # ---- rivals -------------------------------------------------------------------------------------
+
+    def _rivals(
+        self, models: SeedModels, raw: Sequence[Tensor], labels: Tensor, text: Tensor, seed: int, folder: Path,
+        capt: CAPT,
+    ) -> None:  # fmt: skip
+        """Adapters and cache on the same base features, trained on the same images."""
+        base, n = models.base, len(labels)
+        views = Views([lambda rows, one=one: one[rows.to(one.device)] for one in raw], torch.arange(n))
+        wanted = {
+            "linear_adapter": (lambda: LinearAdapter(base.dim), self.options.linear),
+            "plain_adapter": (lambda: self._plain(capt), capt.config.training),
+        }
+        for name, (make, training) in wanted.items():
+            if name not in self.options.rivals:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                adapter = make().to(self.device)
+            _fit_adapter(
+                adapter, views, labels.to(self.device), base, text, training, seed,
+                lambda e, epochs, loss, name=name: self.progress(
+                    f"seed {seed}: {name.replace('_', ' ')}, loss {loss:.3f}", e, epochs
+                ),
+            )  # fmt: skip
+            save_tensors(folder / f"{name}.safetensors", dict(adapter.state_dict()))
+            models.adapters[name] = adapter.eval()
+        if "tip_adapter" in self.options.rivals:
+            models.tip = TipAdapter(self.backbone, self.protocol.classes)
+            models.tip.prepare(views.plain, labels.to(self.device))
+            models.tip.finish().save(folder / "tip")
+
+    @staticmethod
+    def _plain(capt: CAPT) -> BottleneckAdapter:
+        return BottleneckAdapter.with_parameters(
+            capt.base.dim, sum(parameter.numel() for parameter in capt.trainable().values())
+        )
+
+
+def _fit_adapter(
+    adapter: LinearAdapter | BottleneckAdapter, views: Views, labels: Tensor, base: BaseModel, text: Tensor,
+    training: TrainingOptions, seed: int, progress: Callable[[int, int, float], None],
+) -> None:  # fmt: skip
+    def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+        return {"loss": adapter_loss(adapter, views.draw(batch, generator), text, labels[batch], base.logit_scale)}
+
+    train(
+        adapter.parameters(), step, len(labels), training, generator=torch.Generator().manual_seed(seed),
+        progress=progress,
+    )  # fmt: skip
+
+
+def load_seed(
+    folder: Path, backbone: Backbone, variants: Sequence[str], rivals: Sequence[str]
+) -> SeedModels:
+    """The models that :meth:`SeedTrainer.fit` wrote."""
+    if not variants:
+        return SeedModels(load_base(folder / "base", backbone))
+    capt = {name: CAPT.load(folder if len(variants) == 1 else folder / name, backbone) for name in variants}
+    models = SeedModels(next(iter(capt.values())).base, capt)
+    for name, kind in (("linear_adapter", LinearAdapter), ("plain_adapter", BottleneckAdapter)):
+        if name in rivals:
+            tensors = load_tensors(folder / f"{name}.safetensors")
+            adapter = kind.like(tensors).to(backbone.device)
+            adapter.load_state_dict(tensors)
+            models.adapters[name] = adapter.eval()
+    if "tip_adapter" in rivals:
+        tip = load_base(folder / "tip", backbone)
+        assert isinstance(tip, TipAdapter)
+        models.tip = tip
+    return models
+
+
+def clear_folder(out: Path, seeds: Sequence[int]) -> None:
+    """Remove what an earlier run left in the same folder: it would be taken for a part of this one."""
+    (out / "summary.json").unlink(missing_ok=True)
+    for folder in out.glob("seed-*"):
+        if folder.name.removeprefix("seed-") not in map(str, seeds):
+            shutil.rmtree(folder)
