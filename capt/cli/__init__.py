@@ -38,6 +38,7 @@ VERBS = {
     "fit tip-adapter": Verb("capt.cli.fit", "fit_tip_adapter", "a cache of the training features"),
     "fit linear-probe": Verb("capt.cli.fit", "fit_linear_probe", "a linear classifier started from the class texts"),
     "fit dpc": Verb("capt.cli.fit", "fit_dpc", "what CAPT's published code computes (DPC-style)"),
+    "ablate": Verb("capt.cli.ablate", "ablate", "what each part of CAPT contributes, and controls: table and figure"),
     "evaluate": Verb("capt.cli.use", "evaluate", "evaluate a finished run on a data set"),
     "predict": Verb("capt.cli.use", "predict", "classify images, and name the classes each is confused with"),
     "bank build": Verb("capt.cli.bank", "build", "collect the mistakes of a CLIP model on labelled images"),
