@@ -24,7 +24,7 @@ def ablate(
     model: Model = ModelOptions(),  # noqa: B008 - frozen
     where: Data = DataOptions(),  # noqa: B008 - frozen
     out: Path = Path("runs/ablation"),
-    protocol: Protocols = ProtocolOptions(),
+    protocol: Protocols = ProtocolOptions(),  # noqa: B008 - frozen
     options: Annotated[RunOptions, tyro.conf.arg(name="")] = RunOptions(  # noqa: B008 - frozen
         rivals=("linear_adapter", "tip_adapter", "plain_adapter")
     ),
