@@ -1,0 +1,48 @@
+"""CAPT on several base models: base, novel, harmonic mean and corrections, for both shipped towers.
+
+Every run uses all training images there are (4 a class) and three seeds; the test split is opened once a run.
+
+    python scripts/base_models.py --out docs/results/base_models.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from capt.backbones import load as load_backbone
+from capt.cli.fit import DEMO_CONFIG, DEMO_OPTIONS, TOWERS
+from capt.data import load as load_data
+from capt.files import read_json, write_json
+from capt.methods.runs import Run, base_to_novel
+from capt.report.summary import markdown_table
+
+BASES = {"lite2": ("zero-shot", "coop"), "vit": ("zero-shot", "coop", "ivlp")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; runs that are in it are not repeated")
+    parser.add_argument("--runs", type=Path, default=Path("runs/base-models"), help="folder for the runs")
+    parser.add_argument("--towers", nargs="*", default=list(BASES), choices=list(BASES))
+    arguments = parser.parse_args()
+    data = load_data("emoji")
+    results: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
+    for tower in arguments.towers:
+        for base in BASES[tower]:
+            if (name := f"{tower}, {base}") in results:
+                continue
+            run = Run(base_to_novel(data), load_backbone(TOWERS[tower]), DEMO_CONFIG, replace(DEMO_OPTIONS, base=base))
+            folder = arguments.runs / f"{tower}-{base}"
+            summary = run.evaluate(folder, run.fit(folder))
+            kept = ("metrics", "shots", "seeds", "base_model", "model", "test_opened", "methods", "hashes", "versions")
+            results[name] = {key: summary[key] for key in kept} | {"config": asdict(DEMO_CONFIG)}
+            write_json(arguments.out, results)
+            print(f"{name}\n{markdown_table(summary, seeds=False)}\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
