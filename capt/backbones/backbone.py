@@ -192,7 +192,7 @@ class Backbone(nn.Module):
             return self._joined([self.encode_embedded(*chunk) for chunk in pairs])
         if isinstance(texts, Tensor):
             return self._joined([self.encode_text(chunk) for chunk in texts.split(TEXT_BATCH)])
-        return self._cached([texts] if isinstance(texts, str) else list(texts))
+        return self.remembered([texts] if isinstance(texts, str) else list(texts), self._encoded)
 
     def class_text_features(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
         """Unit-norm features [C, d]: mean over the templates, normalised again.
@@ -216,15 +216,24 @@ class Backbone(nn.Module):
             return torch.empty(0, self.dim, device=self.device)
         return F.normalize(torch.cat(features).float(), dim=-1)
 
-    def _cached(self, texts: list[str]) -> Tensor:
+    def remembered(
+        self, texts: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], prompts: str = ""
+    ) -> Tensor:
+        """Features [N, d] that ``encode`` gives by text, each computed once for one state of the text tower.
+
+        Args:
+            texts: brought to Unicode normal form C first.
+            encode: distinct texts -> feature [d] by text, without gradient.
+            prompts: digest of whatever else the features depend on, such as learned context.
+        """
         texts = [unicodedata.normalize("NFC", text) if isinstance(text, str) else text for text in texts]
         wanted = list(dict.fromkeys(texts))
         if self._text_state.hooked():  # a hook can do anything, so nothing may be remembered
-            known = self._encoded(wanted)
+            known = encode(wanted)
         else:
-            state = f"{self._text_state(self._tokenizer_probe)}-{self.device.type}"
+            state = f"{self._text_state(self._tokenizer_probe)}-{self.device.type}{prompts and '-'}{prompts}"
             known = self.text_cache.get(state, wanted)
-            fresh = self._encoded([text for text in wanted if text not in known])
+            fresh = encode([text for text in wanted if text not in known])
             self.text_cache.put(state, fresh)
             known |= fresh
         if not texts:

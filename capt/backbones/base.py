@@ -167,6 +167,8 @@ class TextTower(ABC):
         causal: later tokens cannot influence the pooled one, so padding may be cut off.
         fixed_length: texts are always padded to ``context_length``; otherwise that is an upper limit.
         activation: name of the activation in its feed-forward parts.
+        blocks: its transformer blocks, in order; empty where deep prompts are not supported.
+        batch_first: the blocks take [N, L, W], otherwise [L, N, W].
     """
 
     context_length: int
@@ -175,6 +177,8 @@ class TextTower(ABC):
     causal: bool
     fixed_length: bool = True
     activation: str = ""
+    blocks: Sequence[nn.Module] = ()
+    batch_first: bool = True
 
     @abstractmethod
     def encode(self, tokens: Tensor) -> Tensor:
@@ -191,6 +195,42 @@ class TextTower(ABC):
     @abstractmethod
     def eot_index(self, tokens: Tensor) -> Tensor:
         """Position of the end token, int64 [N]."""
+
+    @contextmanager
+    def deep_prompts(self, prompts: Tensor, start: int) -> Iterator[None]:
+        """Within it, the inputs of blocks 1, 2, ... have ``prompts`` [n, n_ctx, W] at positions ``start`` onwards.
+
+        Whatever the block before made there is replaced, text by text alike. A pass that is computed again, as by
+        activation checkpointing, has to run within it again.
+
+        Raises:
+            CaptError: this tower has no blocks to put them in, or fewer than n + 1.
+        """
+        if len(prompts) > max(len(self.blocks) - 1, 0):
+            raise CaptError(
+                f"deep prompts: {len(prompts) + 1} depths asked for, but this text tower ({type(self).__name__}) has "
+                f"{len(self.blocks)} blocks that take them; use at most that text depth, and 1 where there are none."
+            )
+        end, along = start + prompts.shape[1], 1 if self.batch_first else 0
+
+        def replacing(prompt: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                x = args[0]
+                own = prompt.to(x.dtype).unsqueeze(1 - along).expand(x.narrow(along, start, end - start).shape)
+                after = x.narrow(along, end, x.shape[along] - end)
+                return (torch.cat([x.narrow(along, 0, start), own, after], dim=along), *args[1:])
+
+            return hook
+
+        handles = [
+            block.register_forward_pre_hook(replacing(prompt))
+            for block, prompt in zip(self.blocks[1:], prompts, strict=False)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def check_length(self, length: int) -> None:
         """Raise :class:`CaptError` unless embedded prompts of this length can be encoded."""

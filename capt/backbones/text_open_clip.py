@@ -31,6 +31,8 @@ class OpenClipText(TextTower):
         self.vocab_size = source.token_embedding.num_embeddings
         self.width = source.token_embedding.embedding_dim
         self.causal = source.attn_mask is not None and not self.pad_mask and self.pool in ("argmax", "eos", "first")
+        self.blocks = list(source.transformer.resblocks)
+        self.batch_first = source.transformer.batch_first
         self.activation = activation_name(source.transformer.resblocks[0].mlp.gelu)
 
     def encode(self, tokens: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class TransformersText(TextTower):
         self.context_length = config.max_position_embeddings
         self.vocab_size = self.table.num_embeddings
         self.width = config.hidden_size
+        self.blocks = list(self.text.encoder.layers)
         self.activation = activation_name(self.text.encoder.layers[0].mlp.activation_fn)
         # Configurations written before 2023 say 2 and mean "the highest id in the text".
         self.eos = int(config.eos_token_id) if self.causal and config.eos_token_id not in (None, 2) else None
