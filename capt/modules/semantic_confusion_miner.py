@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from capt.bank import ConfusionStatistics
+from capt.modules.pair_prompts import PairPrompts, class_prompts
 from capt.ops import confusion_pairs, prompt_attention
 
 
@@ -34,8 +34,9 @@ class SemanticConfusion:
 class SemanticConfusionMiner(nn.Module):
     """Rank confusing classes by ``S_i = (1 + n_i / sum n) * softmax(logits)_i`` and attend to the pairs' prompts.
 
-    Without pair texts the prompts of a pair come from its class texts: commonality ``normalize(T_p + T_i)``,
-    difference ``normalize(T_p - T_i)``. Has no parameters; no gradient flows through the selection.
+    The prompts of a pair are its encoded pair texts; without them they come from its class texts: commonality
+    ``normalize(T_p + T_i)``, difference ``normalize(T_p - T_i)``. Has no parameters; no gradient flows through the
+    selection.
 
     Source: CAPT, SEM (score: Eq. 7 as reported by readers of the paper); attention form and fallback prompts: ours.
     """
@@ -46,7 +47,12 @@ class SemanticConfusionMiner(nn.Module):
         self.k = k
 
     def forward(
-        self, features: Tensor, logits: Tensor, text_features: Tensor, statistics: ConfusionStatistics | None = None
+        self,
+        features: Tensor,
+        logits: Tensor,
+        text_features: Tensor,
+        statistics: ConfusionStatistics | None = None,
+        pair_prompts: PairPrompts | None = None,
     ) -> SemanticConfusion:
         """Mine a batch.
 
@@ -55,6 +61,7 @@ class SemanticConfusionMiner(nn.Module):
             logits: float [B, C], scaled logits of the base model.
             text_features: float [C, d], unit norm.
             statistics: confusion counts by pseudo-GT class; None (novel classes): the score is the confidence.
+            pair_prompts: pair texts of the C classes; None: class texts only.
         """
         if logits.shape[1] == 1:  # one class cannot be confused with anything: its own text is the guidance
             nothing = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
@@ -70,16 +77,15 @@ class SemanticConfusionMiner(nn.Module):
                 classes=None if statistics is None else statistics.classes,
                 counts=None if statistics is None else statistics.counts,
             )
-        batch, k = confusing.shape
-        own, other = text_features[pseudo].unsqueeze(1), text_features[confusing]
-        index = torch.arange(batch * k, device=features.device).view(batch, k)
+        gather = class_prompts if pair_prompts is None else pair_prompts.gather
+        prompts, differences, prompt_index, difference_index = gather(pseudo, confusing, text_features)
         log_prior = torch.log((scores / scores.sum(1, keepdim=True)).clamp_min(1e-12))
         commonality, difference = prompt_attention(
             features,
-            F.normalize(own + other, dim=-1).reshape(batch * k, 1, -1),
-            F.normalize(own - other, dim=-1).reshape(batch * k, 1, -1),
-            commonality_index=index,
-            difference_index=index,
+            prompts,
+            differences,
+            commonality_index=prompt_index,
+            difference_index=difference_index,
             log_prior=log_prior,
         )
         return SemanticConfusion(pseudo, confusing, scores, commonality, difference)
