@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from capt.bank import ConfusionBank, ConfusionStatistics
 from capt.errors import CaptError, DataError
 from capt.methods.base.model import BaseModel, ZeroShot
-from capt.methods.capt_classes import expert_prompts, random_texts, restricted_statistics, shuffled_prompts
+from capt.methods.capt_classes import expert_prompts, prompt_texts, restricted_statistics, usable_prompts
 from capt.methods.capt_config import CAPTConfig
 from capt.methods.capt_records import CAPTOutput, ClassSet, Prediction, predictions
 from capt.methods.capt_storage import load_capt, save_capt
@@ -22,6 +22,7 @@ from capt.modules import (
     ConfusionLoss,
     DiffMannerAdapter,
     MultiGranularityDifferenceExpert,
+    PairPrompts,
     SampleConfusion,
     SampleConfusionMiner,
     SampleEvidence,
@@ -48,7 +49,7 @@ class CAPT(nn.Module):
 
     def __init__(
         self, base: BaseModel | Backbone, class_names: Sequence[str], *, config: CAPTConfig | None = None,
-        bank: ConfusionBank | None = None, text_features: Tensor | None = None, pair_prompts: Any | None = None,
+        bank: ConfusionBank | None = None, text_features: Tensor | None = None, pair_prompts: PairPrompts | None = None,
     ) -> None:  # fmt: skip
         """Compose the method.
 
@@ -70,7 +71,8 @@ class CAPT(nn.Module):
         with torch.no_grad():
             text = self.base.class_text_features(self.class_names) if text_features is None else text_features
         self.register_buffer("text_features", text.detach().clone(), persistent=False)
-        self.pair_prompts = self._checked_prompts(pair_prompts, self.class_names)
+        self.pair_prompts = usable_prompts(pair_prompts, self.class_names, config)
+        self._other_prompts: PairPrompts | None = None
         self.bank: ConfusionBank | None = None
         self._statistics: ConfusionStatistics | None = None
         self._shown: ConfusionBank | None = None
@@ -130,7 +132,7 @@ class CAPT(nn.Module):
 
     def _initialise_experts(self) -> None:
         weights = self.base.tower.feed_forward_weights() if self.config.sample_expert_init else None
-        rows = expert_prompts(self._prompt_texts(self.text_features), self.bank, self.pair_prompts)
+        rows = expert_prompts(prompt_texts(self.text_features, self.config), self.bank, self.pair_prompts)
         commonality, difference = (spherical_kmeans(kind, self.config.centres) for kind in rows)
         self.mgde.initialise_experts(commonality, difference, None if weights is None else weights[:4])
 
@@ -190,7 +192,7 @@ class CAPT(nn.Module):
 
     def class_set(
         self, class_names: Sequence[str] | None = None, *, text_features: Tensor | None = None,
-        pair_prompts: Any | None = None,
+        pair_prompts: PairPrompts | None = None,
     ) -> ClassSet:  # fmt: skip
         """Candidate classes for :meth:`forward`.
 
@@ -200,7 +202,8 @@ class CAPT(nn.Module):
 
         Args:
             text_features: float [n, d], unit norm, of other classes than the training classes; default: encoded here.
-            pair_prompts: of other classes than the training classes; None: prompts of class texts.
+            pair_prompts: of other classes than the training classes; default: those of the training classes' pair texts
+                that are about pairs of these classes, and prompts of class texts.
         """
         if class_names is None or tuple(class_names) == self.class_names:
             text = self.text_features
@@ -209,7 +212,7 @@ class CAPT(nn.Module):
             evidence = None if self.training else self.evidence.change_map(text, rows)
             return ClassSet(
                 self.class_names, text, self._statistics, self._shown, evidence, known=True,
-                pair_prompts=self.pair_prompts, prompt_texts=self._prompt_texts(text),
+                pair_prompts=self.pair_prompts, prompt_texts=prompt_texts(text, self.config),
             )  # fmt: skip
         names = tuple(class_names)
         if not names:
@@ -223,25 +226,20 @@ class CAPT(nn.Module):
             statistics = restricted_statistics(self._statistics, self.class_names, names)
         if known and not self.training:
             evidence = self.evidence.change_map(text, torch.tensor([row[name] for name in names], device=text.device))
-        prompts = self._checked_prompts(pair_prompts, names)
+        prompts = self._prompts_of(names) if pair_prompts is None else pair_prompts
         return ClassSet(
-            names, text, statistics, evidence=evidence, known=known, pair_prompts=prompts,
-            prompt_texts=self._prompt_texts(text),
+            names, text, statistics, evidence=evidence, known=known,
+            pair_prompts=usable_prompts(prompts, names, self.config), prompt_texts=prompt_texts(text, self.config),
         )  # fmt: skip
 
-    def _checked_prompts(self, prompts: Any | None, names: tuple[str, ...]) -> Any | None:
-        """Pair prompts as the configuration wants them: as they are, none, or shuffled."""
-        if prompts is None or self.config.pair_texts == "derived":
+    def _prompts_of(self, names: tuple[str, ...]) -> PairPrompts | None:
+        """Prompts of other candidates, from the pair texts of the training classes; None if none is about them."""
+        if self.pair_prompts is None:
             return None
-        if tuple(prompts.class_names) != names:
-            raise CaptError(
-                f"CAPT: the pair prompts were made for {len(prompts.class_names)} other classes; make them for these "
-                f"{len(names)}"
-            )
-        return shuffled_prompts(prompts, self.config.control_seed) if self.config.pair_texts == "random" else prompts
-
-    def _prompt_texts(self, text: Tensor) -> Tensor:
-        return random_texts(text, self.config.control_seed) if self.config.pair_texts == "random" else text
+        if self._other_prompts is None or self._other_prompts.class_names != names:
+            with torch.inference_mode(False), torch.no_grad():  # it may be used in training later on
+                self._other_prompts = PairPrompts(self.pair_prompts.texts, self.base.text_backbone, names)
+        return self._other_prompts if len(self._other_prompts) else None
 
     def tokens(self, images: Tensor) -> Tensor:
         """Frozen tokens [B, L, D] of transformed images float [B, 3, H, W], the input of :meth:`forward`."""
@@ -278,9 +276,8 @@ class CAPT(nn.Module):
             if config.key == "label" and labels is not None and self.training:
                 # The class that leads is the key; the others keep their order and proportions.
                 keyed = base_logits.scatter(1, labels.unsqueeze(1), base_logits.amax(1, keepdim=True) + 1)
-        prompts = () if classes.pair_prompts is None else (classes.pair_prompts,)
         texts = classes.text_features if classes.prompt_texts is None else classes.prompt_texts
-        semantic = self.semantic(features, keyed, texts, classes.statistics, *prompts)
+        semantic = self.semantic(features, keyed, texts, classes.statistics, classes.pair_prompts)
         if config.sample:
             sample = self.sample(
                 features, tokens, base.tower, semantic, bank=classes.bank, bank_tokens=bank_tokens,
@@ -378,23 +375,21 @@ class CAPT(nn.Module):
     # ---- storage ------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write ``adapter.safetensors``, ``state.json`` and, where there is one, ``bank/`` and ``base/``.
-
-        ``base/`` holds what was learned by any base model but zero-shot.
+        """Write ``adapter.safetensors`` and ``state.json``, and what there is of ``bank/``, ``pair_texts.json`` and
+        ``base/`` (what a base model other than zero-shot has learned).
         """
         save_capt(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path, base: BaseModel | Backbone, *, pair_prompts: Any | None = None) -> CAPT:
+    def load(cls, folder: str | Path, base: BaseModel | Backbone) -> CAPT:
         """Read a model written by :meth:`save`.
 
         Args:
             base: its base model, or the backbone alone: the base model is then read from the folder too.
-            pair_prompts: as in :meth:`__init__`.
 
         Raises:
             DataError: the folder holds no model.
             DamagedFileError: a file was changed.
             CaptError: ``base`` is not the one it was trained on.
         """
-        return load_capt(cls, folder, base, pair_prompts)
+        return load_capt(cls, folder, base)

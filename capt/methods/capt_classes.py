@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from capt.bank import ConfusionBank, ConfusionStatistics
+from capt.errors import CaptError
+from capt.methods.capt_config import CAPTConfig
+from capt.modules import PairPrompts
 
 
 def restricted_statistics(
@@ -28,7 +30,7 @@ def restricted_statistics(
     return ConfusionStatistics.from_pairs(keys[kept], others[kept], known.counts[kept], len(names))
 
 
-def expert_prompts(text: Tensor, bank: ConfusionBank | None, pair_prompts: Any | None) -> tuple[Tensor, Tensor]:
+def expert_prompts(text: Tensor, bank: ConfusionBank | None, pair_prompts: PairPrompts | None) -> tuple[Tensor, Tensor]:
     """Commonality and difference prompts [n, d] that the semantic experts start from: all the pairs' written ones.
 
     Without them, those of the class texts [C, d] of the confused pairs; where nothing is confused yet, of every class
@@ -46,13 +48,31 @@ def expert_prompts(text: Tensor, bank: ConfusionBank | None, pair_prompts: Any |
     return F.normalize(text[first] + text[second], dim=-1), F.normalize(text[first] - text[second], dim=-1)
 
 
-def random_texts(like: Tensor, seed: int) -> Tensor:
-    """Directions float [C, d], unit norm, in place of class texts ``like``: a control, the same for a seed."""
-    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(drawn, dim=-1).to(like)
+def usable_prompts(prompts: PairPrompts | None, names: tuple[str, ...], config: CAPTConfig) -> PairPrompts | None:
+    """Pair prompts of the classes ``names`` as the configuration wants them: as they are, none, or shuffled.
+
+    Raises:
+        CaptError: they were made for other classes.
+    """
+    if prompts is None or config.pair_texts == "derived":
+        return None
+    if tuple(prompts.class_names) != names:
+        raise CaptError(
+            f"CAPT: the pair prompts were made for {len(prompts.class_names)} other classes; make them for these "
+            f"{len(names)}"
+        )
+    return _shuffled(prompts, config.control_seed) if config.pair_texts == "random" else prompts
 
 
-def shuffled_prompts(prompts: Any, seed: int) -> Any:
+def prompt_texts(text: Tensor, config: CAPTConfig) -> Tensor:
+    """Class texts [C, d] that stand in where a pair has no prompts; as a control, random directions instead."""
+    if config.pair_texts != "random":
+        return text
+    drawn = torch.randn(text.shape, generator=torch.Generator().manual_seed(config.control_seed))
+    return F.normalize(drawn, dim=-1).to(text)
+
+
+def _shuffled(prompts: PairPrompts, seed: int) -> PairPrompts:
     """Pair prompts that give each pair the texts of another, as a control; both kinds move together."""
     other = copy.deepcopy(prompts)
     order = torch.randperm(len(prompts.commonality), generator=torch.Generator().manual_seed(seed))

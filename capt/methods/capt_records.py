@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from capt.bank import ConfusionBank, ConfusionStatistics
-from capt.modules import SampleConfusion, SemanticConfusion
+from capt.modules import PairPrompts, SampleConfusion, SemanticConfusion
 from capt.modules.mgde import ExpertOutput
 
 
@@ -28,7 +27,7 @@ class ClassSet:
     bank: ConfusionBank | None = None
     evidence: tuple[Tensor, Tensor] | None = None
     known: bool = False
-    pair_prompts: Any | None = None
+    pair_prompts: PairPrompts | None = None
     prompt_texts: Tensor | None = None
 
 

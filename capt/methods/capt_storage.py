@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from capt.bank import ConfusionBank
+from capt.data.pair_texts import load_pair_texts, save_pair_texts
 from capt.errors import CaptError, DamagedFileError
 from capt.files import load_tensors, read_json, save_tensors, write_json
 from capt.methods.base.model import BaseModel, ZeroShot
 from capt.methods.base.registry import load_base
 from capt.methods.capt_config import config_from_dict
+from capt.modules import PairPrompts
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
@@ -32,6 +34,8 @@ def save_capt(model: CAPT, folder: str | Path) -> None:
         model.bank.save(folder / "bank")
     if model.base.kind != ZeroShot.kind:
         model.base.save(folder / "base")
+    if model.pair_prompts is not None:
+        save_pair_texts(folder / "pair_texts.json", model.pair_prompts.texts)
     write_json(
         folder / "state.json",
         {
@@ -44,11 +48,12 @@ def save_capt(model: CAPT, folder: str | Path) -> None:
             "bank_source": model.config.bank_source,
             "adapter_sha256": digest,
             "has_bank": model.bank is not None,
+            "has_pair_texts": model.pair_prompts is not None,
         },
     )
 
 
-def load_capt(kind: type[CAPT], folder: str | Path, given: BaseModel | Backbone, pair_prompts: Any | None) -> CAPT:
+def load_capt(kind: type[CAPT], folder: str | Path, given: BaseModel | Backbone) -> CAPT:
     """See :meth:`CAPT.load`."""
     folder = Path(folder)
     state = read_json(folder / "state.json")
@@ -62,6 +67,10 @@ def load_capt(kind: type[CAPT], folder: str | Path, given: BaseModel | Backbone,
         )
     base = _base(folder, state, given)
     bank = ConfusionBank.load(folder / "bank") if state["has_bank"] else None
+    prompts = None
+    if state.get("has_pair_texts"):
+        texts = load_pair_texts(folder / "pair_texts.json")
+        prompts = PairPrompts(texts, base.text_backbone, state["class_names"])
     tensors = load_tensors(folder / "adapter.safetensors", state["adapter_sha256"])
     # The class texts it was trained with, whatever templates the backbone has now.
     text = tensors.pop("text_features", None)
@@ -69,7 +78,7 @@ def load_capt(kind: type[CAPT], folder: str | Path, given: BaseModel | Backbone,
         raise DamagedFileError(f"'{folder / 'adapter.safetensors'}': the class texts are missing; fit the model again")
     model = kind(
         base, state["class_names"], config=config_from_dict(state["config"]), bank=bank,
-        text_features=text.to(base.logit_scale.device), pair_prompts=pair_prompts,
+        text_features=text.to(base.logit_scale.device), pair_prompts=prompts,
     )  # fmt: skip
     expected: dict[str, Tensor] = {**model.trainable(), "evidence.means": model.evidence.means}
     if tensors.keys() != expected.keys() or any(tensors[n].shape != p.shape for n, p in expected.items()):
