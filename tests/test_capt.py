@@ -127,7 +127,7 @@ def test_36_novel_evaluation_uses_no_statistics_and_no_base_text(run, monkeypatc
     assert classes.statistics is None and classes.bank is None
     assert classes.text_features.shape[0] == len(fitted.novel.classes)
     expected = model.logits(pixels("vit"), fitted.novel.classes)
-    model._text_features.fill_(float("nan"))  # base texts are poisoned: nothing may change
+    model.text_features.fill_(float("nan"))  # base texts are poisoned: nothing may change
     assert torch.equal(model.logits(pixels("vit"), fitted.novel.classes), expected)
 
 

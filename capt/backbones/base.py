@@ -40,6 +40,20 @@ class FeedForward(NamedTuple):
     activation: str
 
 
+class BlockParts(NamedTuple):
+    """Modules of one block whose output an adapter may change; None where there is no such single module.
+
+    Attributes:
+        norm: the normalisation in front of the attention, whose output is all that the attention sees.
+        hidden: the first linear layer of the feed-forward part.
+        sequence_first: ``norm`` works on [L, B, D].
+    """
+
+    norm: nn.Module | None
+    hidden: nn.Module | None
+    sequence_first: bool = False
+
+
 class PromptEmbeddings(NamedTuple):
     """Texts as token embeddings, for prompts that are learned or mixed.
 
@@ -68,6 +82,10 @@ class TokenBlock(ABC):
 
     def feed_forward_weights(self) -> FeedForward | None:
         """The two linear layers, or None when the MLP is not linear, activation, linear."""
+        return None
+
+    def inner(self) -> BlockParts | None:
+        """Where an adapter can stand inside the two halves; None: only between them."""
         return None
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from capt.backbones._optional import import_optional
-from capt.backbones.base import FeedForward, TokenBlock, TokenGrid, TokenTower, activation_name, check_images, pair
+from capt.backbones.base import (
+    BlockParts,
+    FeedForward,
+    TokenBlock,
+    TokenGrid,
+    TokenTower,
+    activation_name,
+    check_images,
+    pair,
+)
 from capt.errors import CaptError
 
 CPU_BATCH = 8
@@ -47,6 +56,10 @@ class ResidualBlock(TokenBlock):
         return FeedForward(
             mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias, activation_name(mlp.gelu)
         )
+
+    def inner(self) -> BlockParts:
+        """First norm and first linear layer."""
+        return BlockParts(self.block.ln_1, self.block.mlp.c_fc, not self.batch_first)
 
 
 class OpenClipViT(TokenTower):

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from capt.backbones._optional import import_optional
-from capt.backbones.base import FeedForward, TokenBlock, TokenGrid, TokenTower, activation_name, check_images, pair
+from capt.backbones.base import (
+    BlockParts,
+    FeedForward,
+    TokenBlock,
+    TokenGrid,
+    TokenTower,
+    activation_name,
+    check_images,
+    pair,
+)
 from capt.backbones.towers_open_clip import FeatureMapTower
 
 
@@ -39,6 +48,11 @@ class TimmBlock(TokenBlock):
         if type(mlp).__name__ != "Mlp" or not isinstance(mlp.norm, nn.Identity):
             return None
         return FeedForward(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
+
+    def inner(self) -> BlockParts:
+        """First norm (of pre-norm blocks) and first linear layer (of plain MLPs)."""
+        plain = type(self.block.mlp).__name__ == "Mlp"
+        return BlockParts(None if self.post_norm else self.block.norm1, self.block.mlp.fc1 if plain else None)
 
 
 class TimmViT(TokenTower):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from capt.backbones.base import (
+    BlockParts,
     FeedForward,
     TextTower,
     TokenBlock,
@@ -51,6 +52,10 @@ class EncoderLayer(TokenBlock):
         mlp = self.layer.mlp
         name = activation_name(mlp.activation_fn)
         return FeedForward(mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, name)
+
+    def inner(self) -> BlockParts:
+        """First norm and first linear layer."""
+        return BlockParts(self.layer.layer_norm1, self.layer.mlp.fc1)
 
 
 class TransformersViT(TokenTower):

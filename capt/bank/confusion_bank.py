@@ -6,6 +6,7 @@ confusion pair, and of one predicted class, are contiguous: a retrieval is a row
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from capt.bank.search import BankIndex, Retrieval
 from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import load_tensors, read_json, save_tensors, write_json
-from capt.ops import bank_topk
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
@@ -133,7 +134,8 @@ class ConfusionBank:
         self.cell_offsets = torch.cat([cell_sizes.new_zeros(1), cell_sizes.cumsum(0)])
         per_column = torch.bincount(self.predictions, minlength=n_classes)
         self.column_offsets = torch.cat([per_column.new_zeros(1), per_column.cumsum(0)])
-        self._ids_sorted, self._rows_by_id = torch.sort(self.sample_ids)
+        self._cells_shown, self._columns_shown = torch.arange(len(self.cell_keys)), torch.arange(n_classes)
+        self._placed: dict[tuple[torch.device, torch.dtype], BankIndex] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -267,15 +269,30 @@ class ConfusionBank:
 
     # ---- retrieval ----------------------------------------------------------------------------------
 
-    def _cell_range(self, labels: Tensor, predictions: Tensor) -> Tensor:
-        """Row range [..., 2] of the cells (label, prediction); empty cells give (0, 0)."""
-        keys = predictions * self.n_classes + labels
-        if not len(self.cell_keys):
-            return torch.zeros(*keys.shape, 2, dtype=torch.long)
-        position = torch.searchsorted(self.cell_keys, keys).clamp_max(len(self.cell_keys) - 1)
-        found = self.cell_keys[position] == keys
-        rows = torch.stack([self.cell_offsets[position], self.cell_offsets[position + 1]], -1)
-        return torch.where(found.unsqueeze(-1), rows, 0)
+    def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BankIndex:
+        """The bank's tensors on a device, moved once; features in ``dtype``."""
+        place = (torch.device(device), dtype)
+        if place not in self._placed:
+            cells, columns = self._cells_shown, self._columns_shown
+            tensors = [
+                self.features.to(dtype), self.labels, self.predictions, self.sample_ids, self.cell_keys,
+                self.cell_offsets[cells], self.cell_offsets[cells + 1],
+                self.column_offsets[columns], self.column_offsets[columns + 1], *torch.sort(self.sample_ids),
+            ]  # fmt: skip
+            self._placed[place] = BankIndex(*(tensor.to(device) for tensor in tensors))
+        return self._placed[place]
+
+    def shuffled(self, seed: int = 0) -> ConfusionBank:
+        """A control: the same rows and statistics, but each pair is shown the mistakes of another, drawn once.
+
+        Cells trade their rows with cells, and predicted classes theirs with classes; row numbers stay what they are.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        other = copy.copy(self)
+        other._cells_shown = torch.randperm(len(self.cell_keys), generator=generator)
+        other._columns_shown = torch.randperm(self.n_classes, generator=generator)
+        other._placed = {}
+        return other
 
     def pair_ranges(self, pseudo: Tensor, confusing: Tensor, exclude: Tensor | None = None) -> Tensor:
         """Rows that illustrate each pair (p, i): both ordered cells, else everything that was taken for p.
@@ -289,24 +306,12 @@ class ConfusionBank:
         Returns:
             int64 [B, k, 2, 2]: two (start, stop) row ranges a pair, for :func:`capt.ops.bank_topk`.
         """
-        p = pseudo.unsqueeze(1).expand_as(confusing)
-        ranges = torch.stack([self._cell_range(confusing, p), self._cell_range(p, confusing)], 2)
-        available = ranges.diff(dim=-1).sum((2, 3))
-        if exclude is not None and len(self):
-            row = self._row_of(exclude)[:, None, None]
-            available = available - ((ranges[..., 0] <= row) & (row < ranges[..., 1])).sum(2)
-        column = torch.stack([self.column_offsets[p], self.column_offsets[p + 1]], -1)
-        fallback = torch.stack([column, torch.zeros_like(column)], 2)
-        return torch.where((available > 0)[..., None, None], ranges, fallback)
-
-    def _row_of(self, ids: Tensor) -> Tensor:
-        """Row of each sample id, -1 where the bank does not hold it."""
-        position = torch.searchsorted(self._ids_sorted, ids).clamp_max(len(self) - 1)
-        return torch.where(self._ids_sorted[position] == ids, self._rows_by_id[position], -1)
+        return self.on(pseudo.device).pair_ranges(pseudo, confusing, exclude)
 
     def search(
-        self, queries: Tensor, pseudo: Tensor, confusing: Tensor, *, m: int = 1, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, queries: Tensor, pseudo: Tensor, confusing: Tensor, *, m: int = 1, exclude: Tensor | None = None,
+        retrieval: Retrieval = "similar", generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Representative Confusion Samples: the m stored mistakes of each pair most similar to the query.
 
         Args:
@@ -316,20 +321,14 @@ class ConfusionBank:
             m: representatives a pair.
             exclude: int64 [B], each query's own sample id (-1: not in any data set). Without it a training
                 image that is in the bank returns itself with similarity 1 and nothing is learned.
+            retrieval: ``random`` is a control: rows drawn evenly from the same candidates, with ``generator`` (of the
+                device of ``queries``; None: torch's own).
 
         Returns:
             similarities float32 [B, k, m] and rows int64 [B, k, m]; -inf and -1 where the pair has too few rows.
         """
-        ranges = self.pair_ranges(pseudo.cpu(), confusing.cpu(), None if exclude is None else exclude.cpu())
-        device = queries.device
-        return bank_topk(
-            queries,
-            self.features.to(device=device, dtype=queries.dtype),
-            k=m,
-            ranges=ranges.to(device),
-            row_ids=None if exclude is None else self.sample_ids.to(device),
-            exclude=exclude,
-        )
+        index = self.on(queries.device, queries.dtype)
+        return index.search(queries, pseudo, confusing, m, exclude, retrieval, generator)
 
     # ---- storage ------------------------------------------------------------------------------------
 

@@ -21,17 +21,25 @@ class LossParts:
 
 
 class ConfusionLoss(nn.Module):
-    """``L_ori + weight * (1/2 (L_i2t + L_t2i) + 1/2 L_rep)``.
+    """``L_ori + weight * (w_i2t L_i2t + w_t2i L_t2i + w_rep L_rep)``, all three 1/2 by default.
 
     ``L_i2t`` tells the true class among {y, p, i_1 .. i_k}; ``L_t2i`` tells the image among those of other classes
     (images of the same class are never negatives); ``L_rep`` tells true from predicted class for every retrieved
     mistake. Source: CAPT, L_ori + L_confuse; the paper's exact contrastive form is not known, this one is ours.
     """
 
-    def __init__(self, weight: float = 1.0) -> None:
-        """``weight`` of the confusion part."""
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        image_to_text: float = 0.5,
+        text_to_image: float = 0.5,
+        representatives: float = 0.5,
+    ) -> None:
+        """``weight`` of the confusion part, and of what it consists of."""
         super().__init__()
         self.weight = weight
+        self.parts = (image_to_text, text_to_image, representatives)
 
     def forward(
         self,
@@ -70,11 +78,13 @@ class ConfusionLoss(nn.Module):
         diagonal = torch.arange(len(labels), device=labels.device)
         text_to_image = F.cross_entropy(by_text.masked_fill(same_class, float("-inf")), diagonal)
         rep_loss = features.new_zeros(())
-        if representatives is not None and mask is not None and bool(mask.any()):
+        if representatives is not None and mask is not None:
             assert representative_labels is not None and representative_predictions is not None
-            chosen = representatives[mask]
-            true_score = (chosen * text_features[representative_labels[mask]]).sum(-1)
-            wrong_score = (chosen * text_features[representative_predictions[mask]]).sum(-1)
-            rep_loss = F.softplus(logit_scale * (wrong_score - true_score)).mean()
-        confusion = 0.5 * (image_to_text + text_to_image) + 0.5 * rep_loss
+            true_score = (representatives * text_features[representative_labels]).sum(-1)
+            wrong_score = (representatives * text_features[representative_predictions]).sum(-1)
+            # Absent ones are weighted with 0 instead of being left out: a selection would wait for the device.
+            each = F.softplus(logit_scale * (wrong_score - true_score)).masked_fill(~mask, 0.0)
+            rep_loss = each.sum() / mask.sum().clamp_min(1)
+        w_i2t, w_t2i, w_rep = self.parts
+        confusion = w_i2t * image_to_text + w_t2i * text_to_image + w_rep * rep_loss
         return LossParts(cross_entropy + self.weight * confusion, cross_entropy, image_to_text, text_to_image, rep_loss)

@@ -106,9 +106,12 @@ class MultiGranularityDifferenceExpert(nn.Module):
             for mine, theirs in zip((self.w_in, self.b_in, self.w_out, self.b_out), feed_forward, strict=True):
                 mine[2] = theirs.to(mine)
 
-    def forward(self, features: Tensor, commonality: Tensor, difference: Tensor, sample: Tensor) -> ExpertOutput:
-        """Correct a batch of image features; all arguments float [B, d]."""
-        tokens = self.enter(torch.stack([features, commonality, difference, sample], 1))
+    def forward(
+        self, features: Tensor, commonality: Tensor | None, difference: Tensor | None, sample: Tensor | None
+    ) -> ExpertOutput:
+        """Correct a batch of image features; all arguments float [B, d]. None: the image has no such token."""
+        guidance = [token for token in (commonality, difference, sample) if token is not None]
+        tokens = self.enter(torch.stack([features, *guidance], 1))
         tokens = tokens + self.attention_gain * self._attend(self.norm_in(tokens))
         hidden = self.norm_out(tokens)[:, 0]
         output, weights, probabilities, load = expert_gating(
@@ -118,6 +121,12 @@ class MultiGranularityDifferenceExpert(nn.Module):
         # load counts an expert once per image that uses it; dividing by top_k makes the fractions sum to 1.
         balance = len(self.gate) * (load.detach() / self.top_k * probabilities.mean(0)).sum()
         return ExpertOutput(self.leave(output), weights, balance)
+
+    def without_experts(self, *guidance: Tensor | None) -> ExpertOutput:
+        """An ablation: the mean of the guidance, float [B, d] each, instead of the experts' answer. Source: ours."""
+        given = [token for token in guidance if token is not None]
+        correction = torch.stack(given).mean(0) if given else self.beta.new_zeros(())
+        return ExpertOutput(correction, correction.new_zeros(0), correction.new_zeros(()))
 
     def _attend(self, tokens: Tensor) -> Tensor:
         batch, n_tokens, _ = tokens.shape
@@ -137,6 +146,8 @@ class MultiGranularityDifferenceExpert(nn.Module):
         own: Tensor | None = None,
         strength: float = 1.0,
         extra: Tensor | float = 0.0,
+        *,
+        own_change: bool = True,
     ) -> Tensor:
         """``normalize(v + strength * (beta * y + (own - v) + W own) + extra)``; W and own - v are the shared expert.
 
@@ -146,12 +157,15 @@ class MultiGranularityDifferenceExpert(nn.Module):
             own: float [B, d], unit norm, the image through the Diff-Manner Adapter; None leaves the shared expert out.
             strength: of the learned correction.
             extra: float [B, d], further change of v, see :class:`capt.modules.SampleEvidence`.
+            own_change: False leaves ``own - v`` out, where an adapter at rest already changes the feature.
 
         Written on the raw feature so that a neutral correction gives the very bits of ``normalize(v)``.
         """
         change = self.beta * correction
         if own is not None and self.shared is not None:
-            change = change + (own - F.normalize(raw_features, dim=-1)) + self.shared(own)
+            if own_change:
+                change = change + (own - F.normalize(raw_features, dim=-1))
+            change = change + self.shared(own)
         norm = raw_features.norm(dim=-1, keepdim=True)
         return F.normalize(raw_features + norm * (strength * change + extra), dim=-1)
 

@@ -55,7 +55,7 @@ class PairPrompts(nn.Module):
         """
         super().__init__()
         refuse(validate_pair_texts(texts, texts.classes), f"pair texts of {texts.dataset}")
-        self.split = texts.split
+        self.texts, self.split = texts, texts.split
         self.class_names = texts.classes if class_names is None else tuple(class_names)
         n_classes = len(self.class_names)
         blocks = _blocks(texts, self.class_names)

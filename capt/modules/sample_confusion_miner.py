@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capt.bank import ConfusionBank
+from capt.bank.search import Retrieval
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.semantic_confusion_miner import SemanticConfusion
 
@@ -38,6 +39,14 @@ class SampleConfusion:
     rows: Tensor
     similarities: Tensor
 
+    @staticmethod
+    def absent(own: Tensor) -> SampleConfusion:
+        """No representatives: images are guided by their own features float [B, d]."""
+        nothing = torch.zeros(len(own), 0, device=own.device)
+        return SampleConfusion(
+            own, own, own.new_zeros(len(own), 0, own.shape[1]), nothing.bool(), nothing.long(), nothing
+        )
+
 
 class SampleConfusionMiner(nn.Module):
     """Retrieve the most similar stored mistakes of every mined pair and encode them with the adapted tower.
@@ -48,10 +57,15 @@ class SampleConfusionMiner(nn.Module):
     Source: CAPT, SAM; excluding the query's own id, masking and the pooling temperature: ours.
     """
 
-    def __init__(self, adapter: DiffMannerAdapter, m: int = 1, temperature: float = 10.0) -> None:
-        """``m`` representatives a pair; ``temperature`` multiplies cosine similarities before the softmax."""
+    def __init__(
+        self, adapter: DiffMannerAdapter, m: int = 1, temperature: float = 10.0, retrieval: Retrieval = "similar"
+    ) -> None:
+        """``m`` representatives a pair; ``temperature`` multiplies cosine similarities before the softmax.
+
+        ``retrieval="random"``, a control, draws them: by torch's generator in training, always alike in evaluation.
+        """
         super().__init__()
-        self.adapter, self.m, self.temperature = adapter, m, temperature
+        self.adapter, self.m, self.temperature, self.retrieval = adapter, m, temperature, retrieval
 
     def retrieve(
         self, bank: ConfusionBank, features: Tensor, semantic: SemanticConfusion, sample_ids: Tensor | None = None
@@ -60,10 +74,13 @@ class SampleConfusionMiner(nn.Module):
 
         ``sample_ids`` int64 [B]: each image's own id, which is never returned.
         """
+        fixed = self.retrieval == "random" and not self.training
         with torch.no_grad():
             similarities, rows = bank.search(
-                features.detach(), semantic.pseudo, semantic.confusing, m=self.m, exclude=sample_ids
-            )
+                features.detach(), semantic.pseudo, semantic.confusing, m=self.m, exclude=sample_ids,
+                retrieval=self.retrieval,
+                generator=torch.Generator(features.device).manual_seed(0) if fixed else None,
+            )  # fmt: skip
         return similarities.flatten(1), rows.flatten(1)
 
     def forward(
@@ -93,31 +110,35 @@ class SampleConfusionMiner(nn.Module):
             own = F.normalize(
                 self.adapter.encode(tower, tokens, self.adapter.intensity(features.new_zeros(batch))), dim=-1
             )
-            nothing = torch.zeros(batch, 0, device=features.device)
-            return SampleConfusion(
-                own, own, own.new_zeros(batch, 0, own.shape[1]), nothing.bool(), nothing.long(), nothing
-            )
+            return SampleConfusion.absent(own)
         similarities, rows = self.retrieve(bank, features, semantic, sample_ids)
         mask = rows >= 0
         best = torch.where(mask, similarities, 0.0).amax(1)
         own = F.normalize(self.adapter.encode(tower, tokens, self.adapter.intensity(best)), dim=-1)
-        representatives = own.new_zeros(*rows.shape, own.shape[1])
-        if bool(mask.any()):
-            encoded = self._encode_rows(tower, rows[mask], similarities[mask], bank_tokens)
-            representatives = representatives.masked_scatter(mask.unsqueeze(-1), encoded.to(representatives.dtype))
+        representatives = self._encode_rows(tower, rows, similarities, len(bank), bank_tokens)
+        representatives = torch.where(mask.unsqueeze(-1), representatives, 0.0)
         guidance = self._pool(features, own, representatives, mask)
         return SampleConfusion(guidance, own, representatives, mask, rows, similarities)
 
     def _encode_rows(
-        self, tower: TokenTower, rows: Tensor, similarities: Tensor, bank_tokens: Callable[[Tensor], Tensor]
+        self,
+        tower: TokenTower,
+        rows: Tensor,
+        similarities: Tensor,
+        n_rows: int,
+        bank_tokens: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        if self.adapter.dynamic:
-            return F.normalize(
-                self.adapter.encode(tower, bank_tokens(rows), self.adapter.intensity(similarities)), dim=-1
-            )
-        # With a constant mixing weight a row looks the same to every query: encode each once.
-        distinct, inverse = torch.unique(rows, return_inverse=True)
-        return F.normalize(self.adapter.encode(tower, bank_tokens(distinct)), dim=-1)[inverse]
+        """Unit-norm features [B, R, d] of bank rows [B, R]; something finite where there is none.
+
+        Which rows there are is known on the device alone, and asking would wait for it: absent ones stand for row 0.
+        """
+        if not self.adapter.dynamic and n_rows <= rows.numel():
+            # With a constant mixing weight a row looks the same to every query: encode the whole bank once.
+            everything = self.adapter.encode(tower, bank_tokens(torch.arange(n_rows, device=rows.device)))
+            return F.normalize(everything, dim=-1)[rows.clamp_min(0)]
+        tokens = bank_tokens(rows.clamp_min(0).flatten())
+        encoded = self.adapter.encode(tower, tokens, self.adapter.intensity(similarities.flatten()))
+        return F.normalize(encoded, dim=-1).view(*rows.shape, -1)
 
     def _pool(self, features: Tensor, own: Tensor, representatives: Tensor, mask: Tensor) -> Tensor:
         scores = self.temperature * torch.einsum("bd,brd->br", features, representatives)
@@ -126,4 +147,4 @@ class SampleConfusionMiner(nn.Module):
         return torch.where(empty, own, torch.einsum("br,brd->bd", weights, representatives))
 
     def extra_repr(self) -> str:
-        return f"m={self.m}, temperature={self.temperature}"
+        return f"m={self.m}, temperature={self.temperature}, retrieval={self.retrieval}"

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from capt.errors import CaptError, NumericError
 
+#: Steps between two looks at whether all losses are finite: each look waits for the device.
+LOOK = 64
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -72,7 +75,8 @@ def train(
         Mean loss of each epoch.
 
     Raises:
-        NumericError: the loss is not finite; names epoch, step and the parts that are not.
+        NumericError: loss or gradient was not finite; names epoch, step and what was not. Steps are looked at
+            together, every ``LOOK`` of them, so that none waits for the device; what was trained is then worthless.
     """
     scaled = parameters if isinstance(parameters, Mapping) else {1.0: parameters}
     scaled = {scale: [p for p in group if p.requires_grad] for scale, group in scaled.items()}
@@ -106,27 +110,28 @@ def train(
     log = metrics_path.open("a", encoding="utf-8") if metrics_path else nullcontext()
     with log as stream:
         for epoch in range(options.epochs):
-            sums: dict[str, Tensor] = {}
-            order = torch.randperm(n_samples, generator=generator)
-            norm = torch.zeros(())
-            for index, batch in enumerate(order.split(batch_size)):
+            order = torch.randperm(n_samples, generator=generator).split(batch_size)
+            norm = sums = first_bad = torch.zeros((), device=device)
+            names: list[str] = []
+            for index, batch in enumerate(order):
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
                     losses = step(batch, generator)
-                loss = losses["loss"]
-                if not bool(torch.isfinite(loss)):
-                    bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))]
-                    raise NumericError(
-                        f"training: {', '.join(bad)} became NaN or Inf in epoch {epoch + 1}, step {index + 1}; "
-                        f"lower lr (now {options.lr}) or check the inputs for non-finite values"
-                    )
+                names = list(losses)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                losses["loss"].backward()
                 norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm or math.inf)
                 optimizer.step()
                 schedule.step()
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() * len(batch)
-            means = {name: float(value) / n_samples for name, value in sums.items()}
+                values = torch.stack([value.detach().float() for value in losses.values()])
+                if index == 0:
+                    sums, first_bad = torch.zeros_like(values), torch.full((len(names) + 1,), math.inf, device=device)
+                sums = sums + values * len(batch)
+                finite = torch.cat([values, norm.float().reshape(1)]).isfinite()
+                first_bad = torch.where(finite, first_bad, first_bad.clamp_max(index + 1))
+                if (index + 1) % LOOK == 0 or index + 1 == len(order):
+                    seen = dict(zip([*names, "the gradient"], first_bad.tolist(), strict=True))
+                    _refuse_bad(seen, epoch + 1, options.lr)
+            means = {name: value / n_samples for name, value in zip(names, sums.tolist(), strict=True)}
             history.append(means["loss"])
             if stream is not None:
                 record = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **means}
@@ -135,3 +140,15 @@ def train(
             if progress is not None:
                 progress(epoch + 1, options.epochs, means["loss"])
     return history
+
+
+def _refuse_bad(first_bad: Mapping[str, float], epoch: int, lr: float) -> None:
+    """Raise if anything was not finite; ``first_bad``: the first step at which each was not, inf for never."""
+    step = min(first_bad.values())
+    if step == math.inf:
+        return
+    bad = [name for name, value in first_bad.items() if value == step]
+    raise NumericError(
+        f"training: {', '.join(bad)} became NaN or Inf in epoch {epoch}, step {int(step)}; "
+        f"lower lr (now {lr}) or check the inputs for non-finite values"
+    )
