@@ -27,6 +27,7 @@ from capt.modules import (
     SampleConfusionMiner,
     SampleEvidence,
     SemanticConfusionMiner,
+    SemanticEvidence,
 )
 from capt.modules.kmeans import spherical_kmeans
 
@@ -92,6 +93,7 @@ class CAPT(nn.Module):
             hidden=config.hidden, dropout=config.dropout, shared_expert=config.shared_expert,
         )  # fmt: skip
         self.evidence = SampleEvidence(len(self.class_names), dim, config.evidence)
+        self.semantic_evidence = SemanticEvidence(config.semantic_evidence, config.k)
         self.loss = ConfusionLoss(
             config.confusion_weight, image_to_text=config.image_to_text_weight,
             text_to_image=config.text_to_image_weight, representatives=config.representative_weight,
@@ -300,6 +302,8 @@ class CAPT(nn.Module):
         corrected = self.mgde.correct(raw, expert.correction, sample.own, strength, extra, own_change=kept)
         logits = base.logit_scale * corrected @ classes.text_features.T
         logits = logits if extra_logits is None else logits + extra_logits
+        if classes.pair_prompts is not None and not self.training:
+            logits = self.semantic_evidence(features, logits, classes.pair_prompts, base.logit_scale)
         return CAPTOutput(corrected, logits, base_logits, semantic, sample, expert)
 
     def _sample_guidance(self, sample: SampleConfusion) -> Tensor:

@@ -24,7 +24,7 @@ _RANGES = {
     "experts": (1, math.inf), "centres": (0, math.inf), "dropout": (0, 1), "bank_dropout": (0, 1),
     "confusion_weight": (0, math.inf), "image_to_text_weight": (0, math.inf), "text_to_image_weight": (0, math.inf),
     "representative_weight": (0, math.inf), "balance_weight": (0, math.inf), "expert_lr": (0, math.inf),
-    "evidence": (0, math.inf), "unseen_strength": (0, math.inf),
+    "evidence": (0, math.inf), "semantic_evidence": (0, math.inf), "unseen_strength": (0, math.inf),
 }  # fmt: skip
 
 
@@ -69,6 +69,7 @@ class CAPTConfig:
         confusion_weight: weight of the contrastive loss as a whole.
         image_to_text_weight, text_to_image_weight, representative_weight: weights of its parts.
         balance_weight: weight of the load-balance loss.
+        semantic_evidence: strength of the written differences of leading classes at prediction; 0 switches them off.
         evidence: strength of the class means of the training images at prediction; 0 switches them off.
         unseen_strength: share of the correction that is applied among classes of which the bank holds no evidence.
         views: augmented views a training image, beside the plain one; all are encoded once and kept.
@@ -118,6 +119,7 @@ class CAPTConfig:
     representative_weight: float = 0.5
     balance_weight: float = 0.01
     # Prediction and training
+    semantic_evidence: float = 1.0
     evidence: float = 3.0
     unseen_strength: float = 0.5
     views: int = 2
@@ -141,8 +143,10 @@ class CAPTConfig:
             raise CaptError("CAPT settings: bank_source must name whose mistakes the bank holds; found ''")
 
     def as_published(self) -> CAPTConfig:
-        """The same without what is ours: shared expert, sample evidence, slower experts, weaker unseen classes."""
-        return replace(self, shared_expert=False, evidence=0.0, expert_lr=1.0, unseen_strength=1.0)
+        """The same without what is ours: shared expert, evidence, slower experts, weaker unseen classes."""
+        return replace(
+            self, shared_expert=False, evidence=0.0, semantic_evidence=0.0, expert_lr=1.0, unseen_strength=1.0
+        )
 
 
 def config_from_dict(values: dict[str, Any]) -> CAPTConfig:

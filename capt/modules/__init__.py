@@ -7,6 +7,7 @@ from capt.modules.pair_prompts import PairPrompts
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
 from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
+from capt.modules.semantic_evidence import SemanticEvidence
 
 __all__ = [
     "ConfusionLoss",
@@ -18,4 +19,5 @@ __all__ = [
     "SampleEvidence",
     "SemanticConfusion",
     "SemanticConfusionMiner",
+    "SemanticEvidence",
 ]

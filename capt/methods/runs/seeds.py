@@ -80,17 +80,33 @@ class Views:
 
     def plain(self, batch: Tensor) -> Tensor:
         """Inputs without augmentation of training images int64 [n]."""
-        return self.views[0](self.positions[batch])
+        return self.views[0](self.positions[batch.to(self.positions.device)])
 
-    def draw(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Inputs of training images int64 [n], each in a view drawn from ``generator``."""
+    def choose(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """A view for each training image, int64 [n], drawn from ``generator``."""
+        if len(self.views) == 1:
+            return torch.zeros(len(batch), dtype=torch.long)
+        return torch.randint(len(self.views), (len(batch),), generator=generator)
+
+    def take(self, batch: Tensor, choice: Tensor) -> Tensor:
+        """Inputs of training images int64 [n], each in its chosen view."""
         if len(self.views) == 1:
             return self.plain(batch)
-        choice = torch.randint(len(self.views), (len(batch),), generator=generator)
         rows = [(choice == v).nonzero().squeeze(1) for v in range(len(self.views))]  # on the CPU, as the generator is
-        parts = [view(self.positions[batch[r]]) for view, r in zip(self.views, rows, strict=True) if len(r)]
+        parts = [
+            view(self.positions[batch[r].to(self.positions.device)]) for view, r in zip(self.views, rows, strict=True) if len(r)
+        ]
         joined = torch.cat(parts)
         return joined[torch.argsort(torch.cat(rows)).to(joined.device)]
+
+
+def rows_of(views: Sequence[Tensor]) -> Views:
+    """Views of the same images given as tensors [N, ...], one a view."""
+
+    def reader(rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda positions: rows[positions.to(rows.device)]
+
+    return Views([reader(rows) for rows in views], torch.arange(len(views[0])))
 
 
 class SeedTrainer:
@@ -168,7 +184,7 @@ class SeedTrainer:
             base.prepare(views.plain, labels)
 
             def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-                return base.losses(views.draw(batch, generator), labels[batch].to(self.device))
+                return base.losses(views.take(batch, views.choose(batch, generator)), labels[batch].to(self.device))
 
             def after(epoch: int, epochs: int, loss: float) -> None:
                 base.end_epoch(epoch, epochs)
@@ -236,7 +252,7 @@ class SeedTrainer:
                         ("tokens", len(probe.adapter.weight), shared), "encoding training images", self.union,
                         probe.tokens, config.views,
                     ),
-                    positions_of(self.union, images.ids),
+                    positions_of(self.union, images.ids).to(self.device),
                 )  # fmt: skip
                 raw = [self._features(probe, view, views.positions) for view in views.views]
                 bank = self._bank(base, config, seed, raw[0], labels, ids, images, text)
@@ -246,7 +262,7 @@ class SeedTrainer:
                 )
                 model.evidence.remember(raw[0], labels.to(self.device))
                 place = folder if len(self.variants) == 1 else folder / name
-                self._train_capt(model, views, images, seed, name, place)
+                self._train_capt(model, views, raw, images, seed, name, place)
                 models.capt[name] = model
             if len(models.capt) == 1:
                 self._rivals(models, raw, labels, text, seed, folder, model)
@@ -255,7 +271,7 @@ class SeedTrainer:
     def _features(self, model: CAPT, view: Callable[[Tensor], Tensor], positions: Tensor) -> Tensor:
         """Base features [N, d], un-normalised, of the training images in one view."""
         with torch.no_grad():
-            chunks = [model.adapter.encode_frozen(model.base.tower, view(part)) for part in positions.split(CHUNK)]
+            chunks = [model.base_features(view(part)) for part in positions.split(CHUNK)]
         return torch.cat(chunks)
 
     def _bank(
@@ -265,7 +281,7 @@ class SeedTrainer:
         """Mistakes on the training images of f0, or of the model that ``bank_source`` names."""
         source, classes = base, self.protocol.classes
         with torch.no_grad():
-            if config.bank_source in ("", base.kind):
+            if config.bank_source in ("own", base.kind):
                 logits = base.logits(raw, classes, text)
             else:
                 source = self.base(config.bank_source, seed)
@@ -282,28 +298,35 @@ class SeedTrainer:
         )  # fmt: skip
 
     def _train_capt(
-        self, model: CAPT, views: Views, images: ImageSet, seed: int, name: str, folder: Path
+        self, model: CAPT, views: Views, raw: Sequence[Tensor], images: ImageSet, seed: int, name: str, folder: Path
     ) -> None:
         labels = torch.from_numpy(images.labels.copy()).to(self.device)
         ids = torch.from_numpy(images.ids.copy()).to(self.device)
         config = model.config
+        features = rows_of(raw)
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
 
         def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+            choice = views.choose(batch, generator)
             return model.losses(
-                views.draw(batch, generator), labels[batch], bank_tokens=bank_tokens, sample_ids=ids[batch]
-            )
+                views.take(batch, choice), labels[batch], base_features=features.take(batch, choice),
+                bank_tokens=bank_tokens, sample_ids=ids[batch],
+            )  # fmt: skip
 
         def bank_tokens(rows: Tensor) -> Tensor:
             return views.plain(stored[rows])
 
         def after(epoch: int, epochs: int, loss: float) -> None:
+            nonlocal stored
             self.progress(f"seed {seed}: {name}, loss {loss:.3f}", epoch, epochs)
+            if config.bank_refresh and epoch % config.bank_refresh == 0 and epoch < epochs:
+                bank = model.refresh_bank(views.plain, labels.cpu(), ids.cpu(), images.names)
+                stored = positions_of(images, bank.sample_ids.numpy()).to(self.device)
 
         assert model.bank is not None
-        stored = positions_of(images, model.bank.sample_ids.numpy())
+        stored = positions_of(images, model.bank.sample_ids.numpy()).to(self.device)
         model.train()
         train(
             model.learning_rates(), step, len(images), config.training,
@@ -318,8 +341,8 @@ class SeedTrainer:
         capt: CAPT,
     ) -> None:  # fmt: skip
         """Adapters and cache on the same base features, trained on the same images."""
-        base, n = models.base, len(labels)
-        views = Views([lambda rows, one=one: one[rows.to(one.device)] for one in raw], torch.arange(n))
+        base = models.base
+        views = rows_of(raw)
         wanted = {
             "linear_adapter": (lambda: LinearAdapter(base.dim), self.options.linear),
             "plain_adapter": (lambda: self._plain(capt), capt.config.training),
@@ -355,7 +378,7 @@ def _fit_adapter(
     training: TrainingOptions, seed: int, progress: Callable[[int, int, float], None],
 ) -> None:  # fmt: skip
     def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-        return {"loss": adapter_loss(adapter, views.draw(batch, generator), text, labels[batch], base.logit_scale)}
+        return {"loss": adapter_loss(adapter, views.take(batch, views.choose(batch, generator)), text, labels[batch], base.logit_scale)}
 
     train(
         adapter.parameters(), step, len(labels), training, generator=torch.Generator().manual_seed(seed),
