@@ -209,8 +209,7 @@ def test_text_features_of_other_classes_are_refused() -> None:
         prompts().gather(*all_ids(), text[:4])
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("n_pairs", [0, 2])
+@pytest.mark.parametrize(("n_pairs", "sparse"), [(0, False), (2, False), (2, True)])
 def test_gather_compiles_without_graph_breaks(n_pairs: int, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair_prompts, "DENSE_CLASSES", 1 if sparse else 4096)
     made = PairPrompts(toy(dict(list(PAIRS.items())[:n_pairs])), tiny.backbone())

@@ -45,6 +45,9 @@ VERBS = {
     "bank search": Verb("capt.cli.bank", "search", "top confusion pairs of a bank, or the mistakes most like an image"),
     "data check": Verb("capt.cli.data", "check", "read a data set and say what is in it and what is wrong"),
     "data few-shot": Verb("capt.cli.data", "few_shot", "choose k training images a class and save the list"),
+    "data pair-texts": Verb(
+        "capt.cli.data_pair_texts", "pair_texts", "ask for texts about pairs of classes, and check the answers"
+    ),
     "report": Verb("capt.cli.use", "report", "write the HTML report of a run"),
 }
 

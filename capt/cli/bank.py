@@ -91,7 +91,7 @@ def search(
         top: entries printed.
         json: print JSON.
     """
-    found = _open_bank(bank, seed)
+    found = open_bank(bank, seed)
     if image is not None and pair is not None:
         raise CaptError("give --image or --pair, not both")
     if image is None and pair is None:
@@ -132,7 +132,8 @@ def _print_pairs(bank: ConfusionBank, top: int, json: bool) -> None:
         print("the bank is empty: the model made no mistake on these images")
 
 
-def _open_bank(folder: Path, seed: int | None) -> ConfusionBank:
+def open_bank(folder: Path, seed: int | None = None) -> ConfusionBank:
+    """The bank in the folder of a bank, or of a run: that of ``seed``, by default the lowest."""
     from capt.bank import ConfusionBank
     from capt.report.content import seed_folder
 

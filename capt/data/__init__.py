@@ -10,6 +10,7 @@ from capt.data.check import CheckReport, check
 from capt.data.few_shot import base_novel, few_shot, hold_out, load_few_shot, save_few_shot
 from capt.data.image_set import DataSet, ImageSet
 from capt.data.loading import load
+from capt.data.pair_texts import PairTexts, load_pair_texts, save_pair_texts, validate_pair_texts
 
 __all__ = [
     "Batch",
@@ -17,6 +18,7 @@ __all__ = [
     "CheckReport",
     "DataSet",
     "ImageSet",
+    "PairTexts",
     "base_novel",
     "batches",
     "check",
@@ -24,5 +26,8 @@ __all__ = [
     "hold_out",
     "load",
     "load_few_shot",
+    "load_pair_texts",
     "save_few_shot",
+    "save_pair_texts",
+    "validate_pair_texts",
 ]

@@ -3,7 +3,7 @@
 from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.mgde import MultiGranularityDifferenceExpert
-from capt.modules.pair_prompts import PairPrompts
+from capt.modules.pair_prompts import PairPrompts, selectable_pairs
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
 from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
@@ -20,4 +20,5 @@ __all__ = [
     "SemanticConfusion",
     "SemanticConfusionMiner",
     "SemanticEvidence",
+    "selectable_pairs",
 ]

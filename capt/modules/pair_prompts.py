@@ -186,7 +186,8 @@ def selectable_pairs(text_features: Tensor, bank: ConfusionBank | None = None, n
         if bank.n_classes != n_classes:
             raise CaptError(f"selectable_pairs: the bank has {bank.n_classes} classes, text_features {n_classes}")
         pairs = torch.cat([pairs, torch.stack(bank.cells()[:2], 1)])
-    return torch.unique(pairs.sort(1).values, dim=0)
+    distinct: Tensor = torch.unique(pairs.sort(1).values, dim=0)
+    return distinct
 
 
 def _blocks(texts: PairTexts, class_names: Sequence[str]) -> dict[tuple[int, int], tuple[tuple[str, ...], ...]]:
