@@ -182,6 +182,11 @@ class BaseModel(nn.Module):
             record["sha256"] = save_tensors(folder / "base.safetensors", state)
         write_json(folder / "base.json", record)
 
+    @classmethod
+    def stored(cls, folder: Path, backbone: Backbone, class_names: Sequence[str], config: BaseConfig) -> BaseModel:
+        """The model that is about to :meth:`restore` from ``folder``, freshly made."""
+        return cls(backbone, class_names, config)
+
     def restore(self, folder: Path, record: dict[str, Any]) -> None:
         """Read what :meth:`save` wrote into this freshly made model.
 

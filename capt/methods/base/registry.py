@@ -57,7 +57,7 @@ def load_base(folder: str | Path, backbone: Backbone) -> BaseModel:
     folder = Path(folder)
     record = read_record(folder, backbone)
     kind = base_type(record["kind"])
-    model = kind(backbone, record["class_names"], base_config(kind, record["config"], folder))
+    model = kind.stored(folder, backbone, record["class_names"], base_config(kind, record["config"], folder))
     model.restore(folder, record)
     return model.to(backbone.device).finish()
 
