@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,14 @@ def datum_class():
 
     Datum.__module__, Datum.__qualname__ = "dassl.data.datasets.base_dataset", "Datum"
     return Datum
+
+
+def importable_datum(monkeypatch: pytest.MonkeyPatch) -> type:
+    """The record class where the pickle module can find it."""
+    cls = datum_class()
+    module = types.ModuleType(cls.__module__)
+    module.Datum = cls
+    for name in ("dassl", "dassl.data", "dassl.data.datasets"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, cls.__module__, module)
+    return cls

@@ -10,7 +10,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from capt.data import check, few_shot, load
 from capt.data.readers.coop_layouts import LAYOUTS, layout_of
 from capt.data.readers.coop_pickle import read_coop_pickle
 from capt.errors import DataError
-from tests.coop_files import CLASSES, SPLIT_FILES, datum_class, fgvc, imagenet, zhou
+from tests.coop_files import CLASSES, SPLIT_FILES, fgvc, imagenet, importable_datum, zhou
 from tests.data_files import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the published data set")
@@ -169,13 +168,7 @@ class TestLayouts:
 
 @pytest.fixture
 def datum(monkeypatch):
-    cls = datum_class()
-    module = types.ModuleType(cls.__module__)
-    module.Datum = cls
-    for name in ("dassl", "dassl.data", "dassl.data.datasets"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, cls.__module__, module)
-    return cls
+    return importable_datum(monkeypatch)
 
 
 AWAY = "/data/alice/DATA/oxford_pets/images"
