@@ -10,73 +10,33 @@ import pickle
 import struct
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from capt.data import check, few_shot, load
-from capt.data.readers.coop import LAYOUTS, layout_of
+from capt.data.readers.coop_layouts import LAYOUTS, layout_of
 from capt.data.readers.coop_pickle import read_coop_pickle
 from capt.errors import DataError
+from tests.coop_files import CLASSES, SPLIT_FILES, fgvc, imagenet, importable_datum, zhou
 from tests.data_files import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the published data set")
 
-SPLIT_FILES = {name: layout.files[0] for name, layout in LAYOUTS.items() if layout.files[0].startswith("split_zhou")}
-CLASSES = ["Abyssinian_cat", "boxer"]
-
-
-def zhou(root: Path, dataset: str, per_class: tuple[int, int, int] = (3, 1, 2)) -> Path:
-    """Two classes in the layout of one of the nine data sets that have a split file."""
-    layout = LAYOUTS[dataset]
-    folder = root / layout.folder
-    split: dict[str, list] = {}
-    for part, count in zip(("train", "val", "test"), per_class, strict=True):
-        split[part] = []
-        for label, name in enumerate(CLASSES):
-            for number in range(count):
-                path = f"{name}/{part}_{number}.jpg" if layout.images else f"cars_{part}/{label}_{number}.jpg"
-                save(folder / layout.images / path, 10 * label + number)
-                split[part].append([path, label, name])
-    (folder / layout.files[0]).write_text(json.dumps(split))
-    return folder
-
-
-def fgvc(root: Path) -> Path:
-    folder = root / "fgvc_aircraft"
-    folder.mkdir(parents=True)
-    (folder / "variants.txt").write_text("707-320\nF/A-18\nDC-3 b\n")
-    for number, part in enumerate(("train", "val", "test")):
-        lines = []
-        for label, name in enumerate(("707-320", "F/A-18", "DC-3 b")):
-            lines.append(f"00{number}{label} {name}\n")
-            save(folder / "images" / f"00{number}{label}.jpg")
-        (folder / f"images_variant_{part}.txt").write_text("".join(lines))
-    return folder
-
-
-def imagenet(root: Path) -> Path:
-    folder = root / "imagenet"
-    for synset in ("n02", "n01", "n03"):
-        for number in (10, 2):
-            save(folder / "images" / "train" / synset / f"{synset}_{number}.png")
-        save(folder / "images" / "val" / synset / "v_1.png")
-    (folder / "classnames.txt").write_text("n01 sunglasses\nn02 great white shark\nn03 sunglasses\nn04 absent\n")
-    return folder
-
 
 class TestLayouts:
     def test_published_numbers(self):
-        assert len(LAYOUTS) == 11
+        assert len(LAYOUTS) == 15
         assert {name: layout.classes for name, layout in LAYOUTS.items()} == {
             "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102,
             "food101": 101, "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
+            "imagenetv2": 1000, "imagenet-sketch": 1000, "imagenet-a": 200, "imagenet-r": 200,
         }  # fmt: skip
         # Test images as the CoOp and CAPT papers list them.
         assert [layout.counts[2] for layout in LAYOUTS.values()] == [
             50_000, 2_465, 3_669, 8_041, 2_463, 30_300, 3_333, 19_850, 1_692, 8_100, 3_783,
+            10_000, 50_889, 7_500, 30_000,
         ]  # fmt: skip
 
     @pytest.mark.parametrize("dataset", SPLIT_FILES)
@@ -206,26 +166,9 @@ class TestLayouts:
         assert sorted(str(path) for path in folder.rglob("*")) == before
 
 
-def datum_class():
-    """Dassl's record class, under the module name that its pickles carry."""
-
-    class Datum:
-        def __init__(self, impath, label, classname):
-            self._impath, self._label, self._domain, self._classname = impath, label, 0, classname
-
-    Datum.__module__, Datum.__qualname__ = "dassl.data.datasets.base_dataset", "Datum"
-    return Datum
-
-
 @pytest.fixture
 def datum(monkeypatch):
-    cls = datum_class()
-    module = types.ModuleType(cls.__module__)
-    module.Datum = cls
-    for name in ("dassl", "dassl.data", "dassl.data.datasets"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, cls.__module__, module)
-    return cls
+    return importable_datum(monkeypatch)
 
 
 AWAY = "/data/alice/DATA/oxford_pets/images"
@@ -469,51 +412,3 @@ def test_too_large_file(tmp_path):
         stream.truncate((64 << 20) + 1)
     with pytest.raises(DataError, match="more than the limit"):
         read_coop_pickle(tmp_path / "x.pkl")
-
-
-class TestCheck:
-    def published(self, monkeypatch, dataset, classes, counts):
-        import dataclasses
-
-        monkeypatch.setitem(LAYOUTS, dataset, dataclasses.replace(LAYOUTS[dataset], classes=classes, counts=counts))
-
-    def test_all_kinds_of_findings(self, tmp_path, monkeypatch):
-        zhou(tmp_path, "dtd")
-        zhou(tmp_path, "eurosat")
-        (zhou(tmp_path, "food101") / "split_zhou_Food101.json").unlink()
-        (zhou(tmp_path, "ucf101") / "UCF-101-midframes" / "boxer" / "test_1.jpg").unlink()
-        (zhou(tmp_path, "sun397") / "split_zhou_SUN397.json").write_text("{")
-        imagenet(tmp_path)
-        self.published(monkeypatch, "dtd", 2, (6, 2, 4))
-        report = check(tmp_path)
-        found = {finding.dataset: finding for finding in report.findings}
-        assert {name: finding.status for name, finding in found.items()} == {
-            "dtd": "ok", "eurosat": "different", "food101": "incomplete", "ucf101": "incomplete", "sun397": "damaged",
-            "imagenet": "different", "caltech101": "missing", "oxford_pets": "missing", "stanford_cars": "missing",
-            "oxford_flowers": "missing", "fgvc_aircraft": "missing",
-        }  # fmt: skip
-        assert found["dtd"].found == found["dtd"].expected == {"classes": 2, "train": 6, "val": 2, "test": 4}
-        assert found["food101"].problems == ["no file 'split_zhou_Food101.json'"]
-        assert "UCF-101-midframes/boxer/test_1.jpg" in found["ucf101"].problems[0]
-        assert found["eurosat"].problems[0] == "2 classes, expected 10"
-        assert not report.ok
-
-    def test_text_and_json(self, tmp_path, monkeypatch):
-        zhou(tmp_path, "dtd")
-        self.published(monkeypatch, "dtd", 2, (6, 2, 4))
-        report = check(tmp_path, "dtd")
-        assert report.ok and len(report.findings) == 1
-        assert check(tmp_path).ok  # data sets that are not there at all do no harm
-        assert "2 classes, 6 train, 2 val, 4 test" in report.text()
-        assert json.loads(json.dumps(report.as_dict()))["findings"][0]["status"] == "ok"
-        assert "expected: 37 classes, 2,944 train" in check(tmp_path, ["pets", "cars"]).text()
-
-    def test_empty_root_is_not_ok(self, tmp_path):
-        assert not check(tmp_path).ok
-        with pytest.raises(DataError, match="no such folder"):
-            check(tmp_path / "nowhere")
-
-    def test_no_warning(self, tmp_path, recwarn):
-        zhou(tmp_path, "eurosat")
-        check(tmp_path)
-        assert not recwarn.list

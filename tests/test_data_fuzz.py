@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from capt.data import load, load_few_shot, save_few_shot
-from capt.data.readers.coop import read_coop_few_shot
+from capt.data.readers.coop_few_shot import read_coop_few_shot
 from capt.errors import DamagedFileError, DataError
 from tests.data_files import save, shard
 

@@ -16,7 +16,7 @@ import torch
 
 from capt.data import batches, load
 from capt.data.names import class_list, natural_key, safe_relative
-from capt.data.readers.coop import LAYOUTS
+from capt.data.readers.coop_layouts import LAYOUTS
 from capt.data.readers.emoji import read_emoji
 from capt.data.readers.shards import expand
 from capt.errors import CaptError, DamagedFileError, DataError

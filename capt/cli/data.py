@@ -9,7 +9,7 @@ from capt.cli.common import Data, DataOptions, Spec, print_json, print_rows
 from capt.errors import DataError
 
 if TYPE_CHECKING:
-    from capt.data import CheckReport
+    from capt.data import CheckReport, DataSet, ImageSet
 
 
 def check(
@@ -23,12 +23,13 @@ def check(
     """Read a data set, decode every image, and say what is in it and what is wrong; exit code 3 if anything is.
 
     Args:
-        data: data set to check; 'coop' with --root: which of the eleven data sets are there and complete.
+        data: data set to check; 'coop' with --root: which of CoOp's data sets are there and complete.
         where: where the data set lies.
         shots: name the classes that have fewer training images than this.
         lists_only: do not decode the images.
         json: print the findings as JSON.
     """
+    layout = None
     if data == "coop" or data.startswith("coop:"):
         layout = _check_layout(data, where)
         if json and (not layout.ok or data == "coop"):
@@ -53,14 +54,16 @@ def check(
                 split.image(index)
             except DataError as error:
                 bad.append({"split": name, "image": split.names[index], "problem": str(error)})
-    train_counts = data_set.train.counts.tolist()
-    counted = list(zip(data_set.classes, train_counts, strict=True))
-    problems = [f"class {name!r} has no training image" for name, count in counted if count == 0]
-    few = {name: count for name, count in counted if 0 < count < shots}
+    # A data set that is for testing only has no training images to miss.
+    which, main = ("training", data_set.train) if len(data_set.train) else ("test", data_set.test or data_set.train)
+    counted = list(zip(data_set.classes, main.counts.tolist(), strict=True))
+    problems = [f"class {name!r} has no {which} image" for name, count in counted if count == 0]
+    few = {name: count for name, count in counted if 0 < count < shots and which == "training"}
     if json:
         print_json(
             {
                 **data_set.record(),
+                **({} if layout is None else {"layout": layout.as_dict()["findings"][0]}),
                 "splits": splits,
                 "images_checked": not lists_only,
                 "bad_images": bad,
@@ -97,10 +100,11 @@ def few_shot(
     shots: int = 16,
     seed: int = 1,
     base_only: bool = False,
+    from_pickle: Path | None = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Choose k training images of each class and save the hashed list.
+    """Choose k training images of each class and save the hashed list; or take over a list of CoOp.
 
     Args:
         data: data set to choose from.
@@ -108,23 +112,61 @@ def few_shot(
         shots: images a class.
         seed: any whole number, 0 included; the same seed gives the same list everywhere.
         base_only: only the base classes (the first half).
-        out: file to write; default: shot_<shots>-seed_<seed>.json here.
+        from_pickle: a list that CoOp stored, split_fewshot/shot_<k>-seed_<s>.pkl, or a folder of such lists, instead of
+            a choice of our own; shots and seed are those in its name. Validation images go to <list>-val.json.
+        out: file to write, or folder if there are several lists; default: shot_<shots>-seed_<seed>.json here.
         json: print what was done as JSON.
     """
     from capt.data import base_novel, save_few_shot
     from capt.data import few_shot as choose
 
     data_set = where.open(data)
-    if base_only:
-        data_set, _ = base_novel(data_set)
-    chosen = choose(data_set.train, shots, seed)
-    path = out if out is not None else Path(f"shot_{shots}-seed_{seed}.json")
-    digest = save_few_shot(path, chosen)
-    short = chosen.meta["few_shot"]["short_classes"]
-    if json:
-        print_json({"file": str(path), "images": len(chosen), "blake2b": digest, "short_classes": short})
+    if from_pickle is not None:
+        written = _take_over(from_pickle, data_set, base_only, out)
     else:
-        print(f"{len(chosen)} images of {len(chosen.classes)} classes: {path} (hash {digest[:16]})")
+        if base_only:
+            data_set, _ = base_novel(data_set)
+        chosen = choose(data_set.train, shots, seed)
+        path = out if out is not None else Path(f"shot_{shots}-seed_{seed}.json")
+        written = [_written(path, chosen, save_few_shot(path, chosen))]
+    if json:
+        print_json(written[0] if from_pickle is None else written)
+        return 0
+    for one in written:
+        short = one["short_classes"]
+        print(f"{one['images']} images of {one['classes']} classes: {one['file']} (hash {one['blake2b'][:16]})")
         if short:
-            print(f"{len(short)} classes have fewer than {shots} images: {', '.join(sorted(short)[:10])}")
+            print(f"{len(short)} classes have fewer images than shots: {', '.join(sorted(short)[:10])}")
     return 0
+
+
+def _take_over(pickles: Path, data: DataSet, base_only: bool, out: Path | None) -> list[dict[str, Any]]:
+    """Rewrite CoOp's lists as ours; what was written."""
+    from capt.data import save_few_shot
+    from capt.data.names import natural_key
+    from capt.data.readers.coop_few_shot import coop_few_shot_sets
+
+    several = pickles.is_dir()
+    paths = sorted(pickles.glob("*.pkl"), key=lambda path: natural_key(path.name)) if several else [pickles]
+    if not paths:
+        raise DataError(f"--from-pickle {pickles}: the folder holds no .pkl file; give CoOp's split_fewshot folder")
+    written = []
+    for path in paths:
+        plain = Path(path.stem + ".json")
+        main = plain if out is None else out / plain if several else out
+        if several:
+            main.parent.mkdir(parents=True, exist_ok=True)
+        for split, images in coop_few_shot_sets(path, data, base_only=base_only).items():
+            place = main if split == "train" else main.with_name(f"{main.stem}-{split}{main.suffix}")
+            written.append({"list": path.name, **_written(place, images, save_few_shot(place, images))})
+    return written
+
+
+def _written(path: Path, images: ImageSet, digest: str) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "images": len(images),
+        "classes": len(images.classes),
+        "blake2b": digest,
+        "short_classes": images.meta["few_shot"]["short_classes"],
+    }
