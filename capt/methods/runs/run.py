@@ -28,6 +28,7 @@ from capt.methods.base.model import BaseConfig
 from capt.methods.baselines import zero_shot_logits
 from capt.methods.capt import CAPT
 from capt.methods.capt_config import CAPTConfig, config_from_dict
+from capt.methods.runs.memory import announced_memory
 from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.pair_texts import PairTextChoice
 from capt.methods.runs.protocol import Protocol, Target, make_protocol
@@ -87,7 +88,11 @@ class Run:
         out, started = Path(out), time.perf_counter()
         shots = {seed: self.shots(seed) for seed in self.options.seeds}
         clear_folder(out, self.options.seeds)
+        n_images = len({int(i) for images in shots.values() for i in images.ids})
+        memory = announced_memory(self.protocol, self.backbone, self.options, self.variants, n_images)
+        self.progress(f"memory: at most {sum(memory.values()) / 2**20:.0f} MiB beside the model", 1, 1)
         self._record(out)
+        self._update(out, announced_memory=memory)
         trainer = SeedTrainer(
             self.protocol, self.backbone, self.options, self.variants, self.base_config, shots, self.progress
         )
