@@ -26,7 +26,8 @@ ABLATIONS = [
     {"placement": "before"}, {"adapter_mlp": True}, {"placement": "before", "adapter_mlp": True},
     {"dynamic_alpha": True}, {"mgde": False}, {"experts": 4, "top_k": 1}, {"centres": 0}, {"sample_expert_init": False},
     {"shared_expert": False}, {"semantic": "none", "sample": False},
-    {"semantic": "none", "sample": False, "mgde": False}, {"representative_weight": 0.0}, {"confusion_weight": 0.0, "balance_weight": 0.0},
+    {"semantic": "none", "sample": False, "mgde": False}, {"representative_weight": 0.0},
+    {"confusion_weight": 0.0, "balance_weight": 0.0},
 ]  # fmt: skip
 
 
