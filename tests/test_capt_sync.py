@@ -118,8 +118,11 @@ def test_the_loop_waits_once_an_epoch(scene):
 def test_absent_representatives_change_nothing(scene):
     """Encoding row 0 in place of absent ones leaves losses and gradients as if they had been left out."""
     _, _, _, labels, ids = scene
-    model, _ = prepared(scene, dropout=0.0, bank_dropout=0.0)
+    model, _ = prepared(scene, dropout=0.0, bank_dropout=0.0, m=4)
     torch.nn.init.normal_(model.adapter.weight, std=0.05)
+    bank, kept = model.bank, torch.arange(0, len(model.bank), 6)  # few enough for pairs without any
+    records = (bank.features, bank.labels, bank.predictions, bank.confidences, bank.sample_ids)
+    model.use_bank(ConfusionBank(*(record[kept] for record in records), CLASSES))
     tokens = model.tokens(scene[2])
     position = {int(i): n for n, i in enumerate(ids)}
     stored = tokens[[position[int(i)] for i in model.bank.sample_ids]]
