@@ -86,8 +86,8 @@ class DPCStyle(IVLP):
 
     def for_classes(self, class_names: Sequence[str]) -> BaseModel:
         """The model that judges images among these classes: itself, or zero-shot if no class is a training class."""
-        known = set(class_names) & set(self.class_names)
-        return self if known else ZeroShot(self.backbone, class_names).to(self.backbone.device)
+        new = set(class_names).isdisjoint(self.class_names)
+        return ZeroShot(self.backbone, class_names) if new else self
 
     def class_text_features(self, class_names: Sequence[str]) -> Tensor:
         """Unit-norm texts [C, d]: behind the learned context, or zero-shot if no class is a training class."""
@@ -163,6 +163,11 @@ class DPCStyle(IVLP):
         target = torch.arange(len(labels), device=logits.device)
         rows, columns = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
         return {"loss": (rows + columns) / 2, "image_to_text": rows.detach(), "text_to_image": columns.detach()}
+
+    def finish(self) -> BaseModel:
+        """Let go of the training images."""
+        self._stored = None
+        return super().finish()
 
     def noise(self, rows: int) -> Tensor:
         """A fresh random affine map of the centres: float32 [rows, d]."""
