@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from capt.errors import CaptError
 from capt.methods.base.ivlp import IVLP, IVLPConfig
 from capt.methods.base.model import BaseModel, ZeroShot
 from capt.modules.kmeans import spherical_kmeans
+from capt.training.loop import TrainingOptions
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
@@ -26,17 +27,21 @@ class DPCConfig(IVLPConfig):
     Attributes:
         top: confident classes of an image that are looked at.
         least: classes an image brings along at least.
-        random_text_noise: add ``W Z + b`` to the class texts of every training step, W and b drawn anew from
-            U(-1/sqrt 5, 1/sqrt 5), Z the five centres of the class texts: what the released trainer does. At 768
-            dimensions these rows are 6 to 7 long against 1 of a text.
-        centres: Z.
+        random_text_noise: add ``W Z + b`` to the class texts in every training step, W and b drawn anew from
+            U(-1/sqrt 5, 1/sqrt 5), Z five centres of the frozen class texts. The released trainer does so (and before
+            it looks for confident classes, too); at 768 dimensions its rows are 6 to 7 long, those of texts 1.
+        centres: rows of Z.
     """
 
-    views: int = 0
     top: int = 8
     least: int = 2
     random_text_noise: bool = False
     centres: int = 5
+    training: TrainingOptions = field(
+        default_factory=lambda: TrainingOptions(
+            epochs=20, batch_size=4, optimizer="sgd", lr=2e-3, weight_decay=5e-4, warmup_epochs=1.0, clip_norm=0.0
+        )
+    )
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.least < 1 or self.centres < 1:
@@ -75,13 +80,14 @@ class DPCStyle(IVLP):
         super().__init__(backbone, class_names, config)
         self._stored: Callable[[Tensor], Tensor] | None = None
         self._order = self._first = self._counts = torch.zeros(0, dtype=torch.int64)
+        self._centres = torch.zeros(0)
 
     # ---- decoupled evaluation ------------------------------------------------------------------------
 
     def for_classes(self, class_names: Sequence[str]) -> BaseModel:
         """The model that judges images among these classes: itself, or zero-shot if no class is a training class."""
-        known = set(class_names) & set(self.class_names)
-        return self if known else ZeroShot(self.backbone, class_names).to(self.backbone.device)
+        new = set(class_names).isdisjoint(self.class_names)
+        return ZeroShot(self.backbone, class_names) if new else self
 
     def class_text_features(self, class_names: Sequence[str]) -> Tensor:
         """Unit-norm texts [C, d]: behind the learned context, or zero-shot if no class is a training class."""
@@ -102,6 +108,9 @@ class DPCStyle(IVLP):
         self._stored, self._order = inputs, labels.argsort(stable=True)
         self._counts = labels.bincount(minlength=len(self.class_names))
         self._first = self._counts.cumsum(0) - self._counts
+        if self.config.random_text_noise:
+            texts = self.backbone.class_text_features(self.class_names)
+            self._centres = spherical_kmeans(texts, self.config.centres)
 
     def negatives(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Classes that a batch brings along, int64 [n], image by image, confident ones first.
@@ -142,19 +151,27 @@ class DPCStyle(IVLP):
             frozen = F.normalize(self.frozen_features(inputs), dim=-1) @ frozen_text.T
         # One transfer a step; everything that is chosen from here on is chosen on the CPU.
         chosen = self.negatives(frozen.float().cpu(), labels.cpu())
-        images = self._first[chosen] + (torch.rand(len(chosen)) * self._counts[chosen]).long()
-        labels = torch.cat([labels, chosen.to(labels.device)])
-        x = F.normalize(self.features(torch.cat([inputs, self._stored(self._order[images])])), dim=-1)
+        if len(chosen):  # there may be no other class with images
+            images = self._first[chosen] + (torch.rand(len(chosen)) * self._counts[chosen]).long()
+            inputs = torch.cat([inputs, self._stored(self._order[images])])
+            labels = torch.cat([labels, chosen.to(labels.device)])
+        x = F.normalize(self.features(inputs), dim=-1)
         text = self.class_text_features(self.class_names)[labels]
         if self.config.random_text_noise:
-            text = text + self.noise(frozen_text, len(labels))
+            text = text + self.noise(len(labels))
         logits = self.logit_scale * x @ text.T
         target = torch.arange(len(labels), device=logits.device)
         rows, columns = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
         return {"loss": (rows + columns) / 2, "image_to_text": rows.detach(), "text_to_image": columns.detach()}
 
-    def noise(self, class_texts: Tensor, rows: int) -> Tensor:
-        """A fresh random linear map of the centres of unit-norm class texts [C, d]: float [rows, d]."""
-        centres = spherical_kmeans(class_texts, min(self.config.centres, len(class_texts)))
-        weight, offset = torch.empty(2, rows, len(centres), device=class_texts.device).uniform_(-1, 1)
-        return (weight @ centres + offset[:, :1]) / len(centres) ** 0.5
+    def finish(self) -> BaseModel:
+        """Let go of the training images."""
+        self._stored = None
+        return super().finish()
+
+    def noise(self, rows: int) -> Tensor:
+        """A fresh random affine map of the centres: float32 [rows, d]."""
+        n = len(self._centres)
+        weight = torch.empty(rows, n + 1, device=self._centres.device).uniform_(-1, 1) / n**0.5
+        noise: Tensor = weight[:, :n] @ self._centres + weight[:, n:]
+        return noise
