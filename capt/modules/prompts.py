@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 FIRST_WORDS = "a photo of a"
 DEVIATION = 0.02  # of fresh prompts
 
-# Estimated beside what is kept for gradients: passing tensors of a block's size, and copies of all features.
+# Estimated beside what is kept for gradients: passing tensors of a block's size, what an allocator holds for each byte
+# in use, and copies of all features.
 _PASSING = 6
+_HEAP = 2
 _COPIES = 6
 
 
@@ -176,7 +178,8 @@ class TextPrompts(nn.Module):
         """Unit-norm features [C, d] of class names.
 
         With gradients where the prompts take some: then no more than one chunk's activations exist at a time, as each
-        chunk is computed again on the way back. Without, every name is encoded once for the prompts as they are.
+        chunk is computed again on the way back, which ``backward()`` can do and ``torch.autograd.grad`` cannot.
+        Without, every name is encoded once for the prompts as they are.
 
         Raises:
             CaptError: context and class name do not fit into a text.
@@ -203,22 +206,27 @@ class TextPrompts(nn.Module):
         again = torch.is_grad_enabled() and len(names) > self.chunk
         features = []
         for first in range(0, len(names), self.chunk):
-            part = backbone, tokens[first : first + self.chunk], ends[first : first + self.chunk]
+            chunk = slice(first, first + self.chunk)
+            part = self.context, self.deep, backbone, tokens[chunk], ends[chunk]
+            # Re-entrant, because that way leaves no graph behind: thousands of small nodes between the freed
+            # activations would keep the C library from using that memory for the next chunk.
             features.append(
-                checkpoint(self._pass, *part, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(self._pass, *part, use_reentrant=True, preserve_rng_state=False)
                 if again
                 else self._pass(*part)
             )
         return F.normalize(torch.cat(features).float(), dim=-1)
 
-    def _pass(self, backbone: Backbone, tokens: Tensor, ends: list[int]) -> Tensor:
+    def _pass(
+        self, context: Tensor, deep: Tensor | None, backbone: Backbone, tokens: Tensor, ends: list[int]
+    ) -> Tensor:
         """Un-normalised features [n, d] of ids [n, L] without context, whose ends with context are ``ends``."""
-        tower, n_ctx = backbone.text_tower, len(self.context)
+        tower, n_ctx = backbone.text_tower, len(context)
         length = max(ends) + 1 if tower.causal else tokens.shape[1]
         words = tower.embed(tokens[:, : length - n_ctx])
-        context = self.context.to(words.dtype).expand(len(words), -1, -1)
+        context = context.to(words.dtype).expand(len(words), -1, -1)
         embeddings = torch.cat([words[:, : self.start], context, words[:, self.start :]], dim=1)
-        with nullcontext() if self.deep is None else tower.deep_prompts(self.deep, self.start):
+        with nullcontext() if deep is None else tower.deep_prompts(deep, self.start):
             return tower.encode_embedded(embeddings, torch.tensor(ends, device=words.device))
 
     def _tokens(self, backbone: Backbone, names: list[str]) -> tuple[Tensor, list[int]]:
@@ -276,4 +284,4 @@ def text_memory(backbone: Backbone, n_classes: int, chunk: int = 64, n_ctx: int 
         features = tower.encode_embedded(embeddings.requires_grad_(), torch.tensor([length - 1]))
     passing = _PASSING * max(kept.values())
     a_class = _COPIES * features.shape[1] * 4 + backbone.context_length * 8
-    return min(chunk, n_classes) * (sum(kept.values()) + passing) + n_classes * a_class
+    return _HEAP * min(chunk, n_classes) * (sum(kept.values()) + passing) + n_classes * a_class
