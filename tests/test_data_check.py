@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from capt import cli
-from capt.data import base_novel, check, load, load_few_shot
+from capt.data import base_novel, check, load, load_few_shot, save_few_shot
 from capt.data.readers.coop_layouts import LAYOUTS
 from capt.errors import DataError
 from capt.files import read_json, sha256
@@ -236,6 +236,9 @@ def test_a_pickle_becomes_a_list_of_ours(tmp_path, monkeypatch, capsys):
     data = load("coop:dtd", root=tmp_path)
     listed = load_few_shot(out, data.train)
     assert listed.ids.tolist() == [2, 0, 4] and listed.meta["few_shot"]["seed"] == 1
+    # A run keeps the list it was given, with where it came from: the same bytes.
+    save_few_shot(tmp_path / "again.json", listed)
+    assert (tmp_path / "again.json").read_bytes() == out.read_bytes()
     assert listed.ids.tolist() == load("coop:dtd", root=tmp_path, shots=2, seed=1).train.ids.tolist()
     assert load_few_shot(out.with_name("shot_2-seed_1-val.json"), data.val).names == ["images/boxer/val_0.jpg"]
 

@@ -698,7 +698,7 @@ def test_examples_of_the_page_run(tmp_path, monkeypatch, snippet, capsys):
 
 def test_table_of_the_page_is_the_layout_that_is_read():
     rows = re.findall(
-        r"^\| `(\w+)` \| `(.*?)` \| (.*?) \| (.*?) \| ([\d,]+) \| (.*?) \|$", DOCS.read_text("utf-8"), re.M
+        r"^\| `([\w-]+)` \| `(.*?)` \| (.*?) \| (.*?) \| ([\d,]+) \| (.*?) \|$", DOCS.read_text("utf-8"), re.M
     )
     assert [row[0] for row in rows] == list(LAYOUTS)
     for name, folder, images, files, classes, counts in rows:

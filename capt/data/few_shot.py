@@ -98,7 +98,8 @@ def save_few_shot(path: str | Path, image_set: ImageSet) -> str:
     record: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
-        **image_set.meta.get("few_shot", {}),
+        # The hash of a list that was loaded is no part of the list.
+        **{key: value for key, value in image_set.meta.get("few_shot", {}).items() if key != "blake2b"},
         "classes": list(image_set.classes),
         "images": [
             {"name": unicodedata.normalize("NFC", name), "id": identity, "label": label}
@@ -154,7 +155,7 @@ def load_few_shot(path: str | Path, image_set: ImageSet) -> ImageSet:
                 f"but {image_set.labels[position]} and {image_set.ids[position]} here; files were added or moved"
             )
         chosen.append(position)
-    meta = {key: record[key] for key in ("shots", "seed", "short_classes") if key in record}
+    meta = {key: value for key, value in record.items() if key not in ("format", "version", "classes", "images")}
     return image_set.subset(np.array(chosen, dtype=np.int64), meta={"few_shot": {**meta, "blake2b": stored}})
 
 
