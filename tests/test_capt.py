@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,19 +12,19 @@ from torch.nn.functional import normalize
 from capt import CAPT, ConfusionBank
 from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import load_tensors
-from capt.methods.base_to_novel import BaseToNovelOptions, BaseToNovelRun, evaluate
 from capt.methods.capt import CAPTConfig
+from capt.methods.runs import Run, RunOptions, base_to_novel, evaluate
 from capt.training import TrainingOptions
 from tests.tiny import CLASSES, backbone, data_set
 
 CONFIG = CAPTConfig(heads=4, hidden=32, views=1, training=TrainingOptions(epochs=3, batch_size=9, lr=3e-3))
-OPTIONS = BaseToNovelOptions(shots=4, seeds=(0, 1), linear=TrainingOptions(epochs=2, lr=3e-3))
+OPTIONS = RunOptions(shots=4, seeds=(0, 1), linear=TrainingOptions(epochs=2, lr=3e-3))
 KINDS = ("vit", "resnet", "cnn")
 
 
 def trained_models(kind: str, folder, **changes):
-    run = BaseToNovelRun(data_set(), backbone(kind), CAPTConfig(**{**vars(CONFIG), **changes}), OPTIONS)
-    return run, run.fit(folder)
+    run = Run(base_to_novel(data_set()), backbone(kind), CAPTConfig(**{**vars(CONFIG), **changes}), OPTIONS)
+    return run, run.evaluate(folder, run.fit(folder))
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,12 @@ def test_30_only_the_adapter_and_mgde_learn(run):
     folder, fitted, _ = run
     wrapped = backbone("vit")
     before = wrapped.fingerprint()
-    model = CAPT(wrapped, fitted.base.classes, config=CONFIG)
+    model = CAPT(wrapped, fitted.protocol.classes, config=CONFIG)
     assert {name.split(".")[0] for name in model.trainable()} == {"sample", "mgde"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.trainable())
     learned = CAPT.load(folder / "seed-1", wrapped)
     torch.manual_seed(1)
-    start = CAPT(wrapped, fitted.base.classes, config=CONFIG, bank=learned.bank).trainable()
+    start = CAPT(wrapped, fitted.protocol.classes, config=CONFIG, bank=learned.bank).trainable()
     assert any(not torch.equal(start[name], value) for name, value in learned.trainable().items())
     assert learned.mgde.beta.item() != 0 and learned.adapter.weight.abs().sum() > 0
     assert wrapped.fingerprint() == before
@@ -104,31 +105,30 @@ def test_31_same_seed_same_curve_and_other_seed_other_curve(run, tmp_path):
 def test_31_the_test_split_is_opened_after_the_last_training_step(tmp_path):
     data, events = data_set(), []
 
-    def watch(images, name):
-        original = images.source.read
-        return lambda what: (events.append(name), original(what))[1]
+    class Watched:
+        def read(self, name):
+            events.append("opened test")
+            return data.test.source.read(name)
 
-    run = BaseToNovelRun(data, backbone("vit"), CONFIG, OPTIONS, progress=lambda what, done, total: events.append(what))
-    for half in (run.base, run.novel):
-        ids = set(half.test.names)
-        read = half.test.image
-        object.__setattr__(half.test, "image", lambda i, read=read: (events.append("opened test"), read(i))[1])
-        assert ids
-    run.fit(tmp_path)
-    training = [n for n, event in enumerate(events) if event.startswith("seed")]
-    opened = [n for n, event in enumerate(events) if event == "opened test"]
-    assert opened and training and min(opened) > max(training)
+    test = data.test.subset(range(len(data.test)))
+    test.source = Watched()
+    protocol = base_to_novel(replace(data, test=test))
+    run = Run(protocol, backbone("vit"), CONFIG, OPTIONS, progress=lambda what, done, total: events.append(what))
+    models = run.fit(tmp_path)
+    assert "opened test" not in events and any(event.startswith("seed") for event in events)
+    run.evaluate(tmp_path, models)
+    assert events.count("opened test") == len(data.test)  # each image once, for all seeds and methods
 
 
 def test_36_novel_evaluation_uses_no_statistics_and_no_base_text(run, monkeypatch):
     folder, fitted, _ = run
     model = CAPT.load(folder / "seed-1", backbone("vit"))
-    classes = model.class_set(fitted.novel.classes)
+    classes = model.class_set(fitted.protocol.targets[1].classes)
     assert classes.statistics is None and classes.bank is None
-    assert classes.text_features.shape[0] == len(fitted.novel.classes)
-    expected = model.logits(pixels("vit"), fitted.novel.classes)
+    assert classes.text_features.shape[0] == len(fitted.protocol.targets[1].classes)
+    expected = model.logits(pixels("vit"), fitted.protocol.targets[1].classes)
     model.text_features.fill_(float("nan"))  # base texts are poisoned: nothing may change
-    assert torch.equal(model.logits(pixels("vit"), fitted.novel.classes), expected)
+    assert torch.equal(model.logits(pixels("vit"), fitted.protocol.targets[1].classes), expected)
 
 
 def test_36_switching_the_method_off_reproduces_the_base_model(run):
@@ -139,23 +139,24 @@ def test_36_switching_the_method_off_reproduces_the_base_model(run):
     wrapped = backbone("vit")
     with torch.no_grad():
         features = normalize(wrapped.image_features(pixels("vit")), dim=-1)
-        expected = wrapped.logit_scale * features @ wrapped.class_text_features(fitted.novel.classes).T
-    assert torch.equal(model.logits(pixels("vit"), fitted.novel.classes), expected)
+        expected = wrapped.logit_scale * features @ wrapped.class_text_features(fitted.protocol.targets[1].classes).T
+    assert torch.equal(model.logits(pixels("vit"), fitted.protocol.targets[1].classes), expected)
 
 
 def test_classes_that_mix_old_and_new_keep_the_statistics_of_known_pairs(run):
     folder, fitted, _ = run
     model = CAPT.load(folder / "seed-1", backbone("vit"))
-    names = [*reversed(fitted.base.classes), *fitted.novel.classes]
+    names = [*reversed(fitted.protocol.classes), *fitted.protocol.targets[1].classes]
     moved = model.class_set(names).statistics
     known = model.bank.statistics()
     assert moved.counts.sum() == known.counts.sum() > 0
     position = {name: n for n, name in enumerate(names)}
-    for old, name in enumerate(fitted.base.classes):
+    for old, name in enumerate(fitted.protocol.classes):
         theirs = slice(*known.offsets[old : old + 2].tolist())
         mine = slice(*moved.offsets[position[name] : position[name] + 2].tolist())
         expected = {
-            (fitted.base.classes[c], int(n)) for c, n in zip(known.classes[theirs], known.counts[theirs], strict=True)
+            (fitted.protocol.classes[c], int(n))
+            for c, n in zip(known.classes[theirs], known.counts[theirs], strict=True)
         }
         assert {(names[c], int(n)) for c, n in zip(moved.classes[mine], moved.counts[mine], strict=True)} == expected
 
@@ -168,13 +169,13 @@ def test_run_folder_and_evaluate_agree(run):
     keys = {
         "base", "novel", "hm", "sample_correction_rate", "pair_resolution_rate", "net_reduction", "new_error_rate",
     }  # fmt: skip
-    for method in ("zero_shot", "linear_adapter", "capt"):
+    for method in ("zero_shot", "linear_adapter", "tip_adapter", "capt"):
         assert keys <= set(stored["methods"][method]["mean"])
         assert set(stored["methods"][method]["per_seed"]) == {"0", "1"}
     again = evaluate(folder, data_set(), backbone("vit"))
     assert again["methods"] == stored["methods"]
     bank = ConfusionBank.load(folder / "seed-0" / "bank")
-    assert set(bank.sample_ids.tolist()) <= set(fitted.base.train.ids.tolist())
+    assert set(bank.sample_ids.tolist()) <= set(fitted.protocol.train.ids.tolist())
     assert len(bank) > 0
 
 
@@ -186,9 +187,9 @@ def test_other_towers_train(kind, tmp_path):
 
 
 def test_predict_names_confusable_classes(run):
-    folder, fitted, _ = run
+    folder, _fitted, _ = run
     model = CAPT.load(folder / "seed-1", backbone("vit"))
-    images = [fitted.base.test.image(i) for i in range(3)]
+    images = [data_set().test.image(i) for i in range(3)]
     for prediction in model.predict(images, top=4):
         assert len(prediction.classes) == 4 and sum(prediction.probabilities) <= 1 + 1e-5
         assert prediction.base_class not in prediction.confusable_with and len(prediction.confusable_with) == 3
@@ -202,9 +203,9 @@ def test_wrong_use_is_refused(run, tmp_path):
         other = data_set()
         evaluate(folder, other.select_classes([8, 7, 6, 5, 4]), backbone("vit"))
     with pytest.raises(DataError, match="at least 4 classes"):
-        BaseToNovelRun(data_set().select_classes([0, 1, 2]), backbone("vit"))
+        base_to_novel(data_set().select_classes([0, 1, 2]))
     with pytest.raises(CaptError, match="seeds"):
-        BaseToNovelRun(data_set(), backbone("vit"), options=BaseToNovelOptions(seeds=(1, 1)))
+        RunOptions(seeds=(1, 1))
     bank = ConfusionBank.load(folder / "seed-1" / "bank")
     with pytest.raises(CaptError, match="other classes"):
         CAPT(backbone("vit"), CLASSES, config=CONFIG, bank=bank)
@@ -239,7 +240,7 @@ def test_evidence_is_neutral_in_training_and_for_new_classes_and_names_the_class
 def test_one_new_class_among_the_candidates_switches_evidence_and_full_strength_off(run):
     folder, fitted, _ = run
     model = CAPT.load(folder / "seed-1", backbone("vit"))
-    base, novel = list(fitted.base.classes), list(fitted.novel.classes)
+    base, novel = list(fitted.protocol.classes), list(fitted.protocol.targets[1].classes)
     assert model.class_set().known and model.class_set().evidence is not None
     assert model.class_set(base[::-1]).known and model.class_set(base[1:]).evidence is not None
     for mixed in (base + novel, [*base, novel[0]], novel):
@@ -268,7 +269,7 @@ def test_a_half_without_test_images_is_refused_before_training():
     data = data_set()
     only_base = data.test.subset(data.test.labels < 5)
     with pytest.raises(DataError, match="novel classes have no test image"):
-        BaseToNovelRun(type(data)(data.name, data.train, None, only_base, data.classes), backbone("vit"))
+        base_to_novel(type(data)(data.name, data.train, None, only_base, data.classes))
 
 
 def test_an_earlier_run_in_the_same_folder_leaves_no_trace(tmp_path):

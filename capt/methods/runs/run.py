@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +271,7 @@ class _Scorer:
         base, models = self.base, self.models
         common = shared if base.tower is self.backbone.tower else {}
         tokens = {
-            name: _once(common, len(model.adapter.weight), lambda model=model: model.tokens(pixels))
+            name: _once(common, len(model.adapter.weight), partial(model.tokens, pixels))
             for name, model in models.capt.items()
         }
         outputs = {
@@ -347,8 +348,9 @@ def evaluate(
 
 
 def _options(values: Mapping[str, Any]) -> RunOptions:
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return RunOptions(**{**plain, "linear": TrainingOptions(**values["linear"])})
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    plain["linear"] = TrainingOptions(**values["linear"])
+    return RunOptions(**plain)
 
 
 def _other_classes(

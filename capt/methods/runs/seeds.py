@@ -20,11 +20,13 @@ from capt.files import load_tensors, save_tensors
 from capt.methods.base.model import BaseConfig, BaseModel
 from capt.methods.base.registry import BASES, base_type, load_base, make_base
 from capt.methods.base.tip_adapter import TipAdapter
-from capt.methods.baselines import BottleneckAdapter, LinearAdapter, adapter_loss
 from capt.methods.capt import CAPT
 from capt.methods.capt_config import CAPTConfig
 from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.protocol import Protocol
+from capt.methods.runs.rivals import Adapter, fit_rivals, load_rivals
+from capt.methods.runs.views import Views, rows_of
+from capt.modules import PairPrompts
 from capt.training import TokenStore, TrainingOptions, train
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class SeedModels:
 
     base: BaseModel
     capt: dict[str, CAPT] = field(default_factory=dict)
-    adapters: dict[str, LinearAdapter | BottleneckAdapter] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     tip: TipAdapter | None = None
 
     @property
@@ -69,44 +71,6 @@ def positions_of(images: ImageSet, ids: np.ndarray) -> Tensor:
     if not np.array_equal(images.ids[found], ids):
         raise DataError("some stored sample ids are not in this data set: it is not the data the run was made with")
     return torch.from_numpy(np.ascontiguousarray(found))
-
-
-class Views:
-    """Cached inputs of the same images in several views; a batch draws the view of each image."""
-
-    def __init__(self, views: Sequence[Callable[[Tensor], Tensor]], positions: Tensor) -> None:
-        """``views``: positions int64 [n] -> inputs [n, ...]; the first is without augmentation."""
-        self.views, self.positions = views, positions
-
-    def plain(self, batch: Tensor) -> Tensor:
-        """Inputs without augmentation of training images int64 [n]."""
-        return self.views[0](self.positions[batch.to(self.positions.device)])
-
-    def choose(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """A view for each training image, int64 [n], drawn from ``generator``."""
-        if len(self.views) == 1:
-            return torch.zeros(len(batch), dtype=torch.long)
-        return torch.randint(len(self.views), (len(batch),), generator=generator)
-
-    def take(self, batch: Tensor, choice: Tensor) -> Tensor:
-        """Inputs of training images int64 [n], each in its chosen view."""
-        if len(self.views) == 1:
-            return self.plain(batch)
-        rows = [(choice == v).nonzero().squeeze(1) for v in range(len(self.views))]  # on the CPU, as the generator is
-        parts = [
-            view(self.positions[batch[r].to(self.positions.device)]) for view, r in zip(self.views, rows, strict=True) if len(r)
-        ]
-        joined = torch.cat(parts)
-        return joined[torch.argsort(torch.cat(rows)).to(joined.device)]
-
-
-def rows_of(views: Sequence[Tensor]) -> Views:
-    """Views of the same images given as tensors [N, ...], one a view."""
-
-    def reader(rows: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda positions: rows[positions.to(rows.device)]
-
-    return Views([reader(rows) for rows in views], torch.arange(len(views[0])))
 
 
 class SeedTrainer:
@@ -225,7 +189,7 @@ class SeedTrainer:
 
     # ---- one seed -----------------------------------------------------------------------------------
 
-    def fit(self, seed: int, folder: Path, pair_prompts: Callable[[BaseModel], object | None]) -> SeedModels:
+    def fit(self, seed: int, folder: Path, pair_prompts: Callable[[BaseModel], PairPrompts | None]) -> SeedModels:
         """Train one seed and write its models into ``folder``.
 
         ``pair_prompts``: written pair texts of the trained classes for a base model, or None.
@@ -265,7 +229,9 @@ class SeedTrainer:
                 self._train_capt(model, views, raw, images, seed, name, place)
                 models.capt[name] = model
             if len(models.capt) == 1:
-                self._rivals(models, raw, labels, text, seed, folder, model)
+                models.adapters, models.tip = fit_rivals(
+                    base, raw, labels, text, model, self.options, seed, folder, self.progress
+                )
         return models
 
     def _features(self, model: CAPT, view: Callable[[Tensor], Tensor], positions: Tensor) -> Tensor:
@@ -307,6 +273,8 @@ class SeedTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = folder / "metrics.jsonl"
         metrics.unlink(missing_ok=True)
+        assert model.bank is not None
+        stored = positions_of(images, model.bank.sample_ids.numpy()).to(self.device)
 
         def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
             choice = views.choose(batch, generator)
@@ -325,65 +293,12 @@ class SeedTrainer:
                 bank = model.refresh_bank(views.plain, labels.cpu(), ids.cpu(), images.names)
                 stored = positions_of(images, bank.sample_ids.numpy()).to(self.device)
 
-        assert model.bank is not None
-        stored = positions_of(images, model.bank.sample_ids.numpy()).to(self.device)
         model.train()
         train(
             model.learning_rates(), step, len(images), config.training,
             generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
         )  # fmt: skip
         model.eval().save(folder)
-
-    # ---- rivals -------------------------------------------------------------------------------------
-
-    def _rivals(
-        self, models: SeedModels, raw: Sequence[Tensor], labels: Tensor, text: Tensor, seed: int, folder: Path,
-        capt: CAPT,
-    ) -> None:  # fmt: skip
-        """Adapters and cache on the same base features, trained on the same images."""
-        base = models.base
-        views = rows_of(raw)
-        wanted = {
-            "linear_adapter": (lambda: LinearAdapter(base.dim), self.options.linear),
-            "plain_adapter": (lambda: self._plain(capt), capt.config.training),
-        }
-        for name, (make, training) in wanted.items():
-            if name not in self.options.rivals:
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                adapter = make().to(self.device)
-            _fit_adapter(
-                adapter, views, labels.to(self.device), base, text, training, seed,
-                lambda e, epochs, loss, name=name: self.progress(
-                    f"seed {seed}: {name.replace('_', ' ')}, loss {loss:.3f}", e, epochs
-                ),
-            )  # fmt: skip
-            save_tensors(folder / f"{name}.safetensors", dict(adapter.state_dict()))
-            models.adapters[name] = adapter.eval()
-        if "tip_adapter" in self.options.rivals:
-            models.tip = TipAdapter(self.backbone, self.protocol.classes)
-            models.tip.prepare(views.plain, labels.to(self.device))
-            models.tip.finish().save(folder / "tip")
-
-    @staticmethod
-    def _plain(capt: CAPT) -> BottleneckAdapter:
-        return BottleneckAdapter.with_parameters(
-            capt.base.dim, sum(parameter.numel() for parameter in capt.trainable().values())
-        )
-
-
-def _fit_adapter(
-    adapter: LinearAdapter | BottleneckAdapter, views: Views, labels: Tensor, base: BaseModel, text: Tensor,
-    training: TrainingOptions, seed: int, progress: Callable[[int, int, float], None],
-) -> None:  # fmt: skip
-    def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-        return {"loss": adapter_loss(adapter, views.take(batch, views.choose(batch, generator)), text, labels[batch], base.logit_scale)}
-
-    train(
-        adapter.parameters(), step, len(labels), training, generator=torch.Generator().manual_seed(seed),
-        progress=progress,
-    )  # fmt: skip
 
 
 def load_seed(
@@ -394,16 +309,7 @@ def load_seed(
         return SeedModels(load_base(folder / "base", backbone))
     capt = {name: CAPT.load(folder if len(variants) == 1 else folder / name, backbone) for name in variants}
     models = SeedModels(next(iter(capt.values())).base, capt)
-    for name, kind in (("linear_adapter", LinearAdapter), ("plain_adapter", BottleneckAdapter)):
-        if name in rivals:
-            tensors = load_tensors(folder / f"{name}.safetensors")
-            adapter = kind.like(tensors).to(backbone.device)
-            adapter.load_state_dict(tensors)
-            models.adapters[name] = adapter.eval()
-    if "tip_adapter" in rivals:
-        tip = load_base(folder / "tip", backbone)
-        assert isinstance(tip, TipAdapter)
-        models.tip = tip
+    models.adapters, models.tip = load_rivals(folder, backbone, rivals)
     return models
 
 
