@@ -32,8 +32,8 @@ class TipAdapterConfig(BaseConfig):
         alpha: weight of the cache against the scaled cosines of the class texts.
         beta: sharpness of a vote, ``exp(-beta (1 - cosine))``.
         finetune: train the keys (Tip-Adapter-F); otherwise nothing learns.
-        own_votes: an image that is in the cache votes for itself. Then hardly any training image is ever mistaken for
-            another class, so by default it stays silent; trained keys are no images any more and always vote.
+        own_votes: an image that is in the cache votes for itself. Training images are then mistaken for other classes
+            less often than new ones, so by default it stays silent; trained keys are no images any more and vote.
     """
 
     views: int = 0
