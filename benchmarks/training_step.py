@@ -39,12 +39,16 @@ class Scene:
         self.backbone = load_backbone("embedded")
         base, _ = base_novel(load_data("emoji"))
         self.images = few_shot(base.train, shots, 1)
-        self.bank = ConfusionBank.build(self.backbone, self.images)
-        self.model = CAPT(self.backbone, base.classes, config=replace(DEMO_CONFIG, dropout=0.0), bank=self.bank).train()
-        pixels = self.pixels(range(len(self.images)))
-        self.tokens = torch.cat([self.model.tokens(part) for part in pixels.split(BATCH)])
-        self.raw = self.model.base_features(self.tokens)
         self.labels, self.ids = (torch.from_numpy(x.copy()) for x in (self.images.labels, self.images.ids))
+        self.model = CAPT(self.backbone, base.classes, config=replace(DEMO_CONFIG, dropout=0.0)).train()
+        self.kept_pixels = self.pixels(range(len(self.images)))
+        self.tokens = torch.cat([self.model.tokens(part) for part in self.kept_pixels.split(BATCH)])
+        self.raw = self.model.base_features(self.tokens)
+        self.bank = ConfusionBank.from_logits(
+            self.raw, self.model.base.logits(self.raw, base.classes), self.labels, self.ids, base.classes,
+            backbone=self.backbone.fingerprint(),
+        )  # fmt: skip
+        self.model.use_bank(self.bank)
         position = {int(i): n for n, i in enumerate(self.ids)}
         self.stored = torch.tensor([position[int(i)] for i in self.bank.sample_ids])
         self.optimizer = torch.optim.AdamW(list(self.model.trainable().values()), lr=1e-4)
@@ -91,7 +95,7 @@ def measure(rounds: int, shots: int = 4) -> dict[str, Any]:
         }
         steps: dict[str, Callable[[], object]] = {"capt": scene.step, "port": scene.port_step}
         for name, costs in variants.items():
-            rival = Released(scene.backbone, scene.images, index, costs, scene.pixels)
+            rival = Released(scene.backbone, scene.images, index, costs, scene.pixels, scene.kept_pixels, scene.raw)
             steps[name] = lambda rival=rival: rival.step(scene.batch)
         timings: dict[str, Timing] = interleaved(steps, rounds=rounds, warmup=1)
         size = index.stat().st_size

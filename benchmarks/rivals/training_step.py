@@ -112,9 +112,11 @@ class Released:
     """The released step over a wrapped CLIP; ``step`` runs forward, backward and the update."""
 
     def __init__(
-        self, backbone: Backbone, images: ImageSet, index: Path, costs: Costs, pixels: Callable[[Sequence[int]], Tensor]
-    ) -> None:
-        self.backbone, self.images, self.index, self.costs, self.pixels = backbone, images, index, costs, pixels
+        self, backbone: Backbone, images: ImageSet, index: Path, costs: Costs,
+        read: Callable[[Sequence[int]], Tensor], kept_pixels: Tensor, kept_features: Tensor,
+    ) -> None:  # fmt: skip
+        """``read``: positions to pixels, from the files; ``kept_pixels``, ``kept_features``: all that it would give."""
+        self.backbone, self.images, self.index, self.costs, self.read = backbone, images, index, costs, read
         prompts = backbone.embed_prompts([f"a photo of a {name}." for name in images.classes])
         self.embeddings, self.ends = prompts.embeddings.detach(), prompts.eot_index
         self.context = nn.Parameter(self.embeddings[0, 1:5].clone())
@@ -125,9 +127,7 @@ class Released:
         self.by_class = [[n for n, y in enumerate(images.labels) if y == c] for c in range(len(images.classes))]
         self.kept_text = backbone.text_features(prompts).detach()
         self.kept_index = json.loads(index.read_text(encoding="utf-8"))
-        self.kept_pixels = pixels(range(len(images)))
-        with torch.no_grad():
-            self.kept_features = torch.cat([backbone.image_features(part) for part in self.kept_pixels.split(64)])
+        self.kept_pixels, self.kept_features = kept_pixels, kept_features
 
     def hard_classes(self, batch: Tensor) -> list[int]:
         """2 to 8 further classes an image, none twice in a batch while there are others."""
@@ -153,7 +153,7 @@ class Released:
         with torch.no_grad():
             if self.costs.encode_images:
                 extra = positions[len(batch) :]
-                hard = self.pixels(extra) if self.costs.read_images else self.kept_pixels[extra]
+                hard = self.read(extra) if self.costs.read_images else self.kept_pixels[extra]
                 raw = self.backbone.image_features(torch.cat([self.kept_pixels[batch], hard]))
             else:
                 raw = self.kept_features[positions]

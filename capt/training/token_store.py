@@ -57,7 +57,8 @@ class TokenStore:
         if self._stored is None:
             self._stored = self._fill()
         if self._tokens is not None:
-            return self._tokens[positions.to(self._tokens.device)].to(self.device)
+            # A copy that the host does not wait for; tokens and their index live on the device.
+            return self._tokens[positions.to(self._tokens.device, non_blocking=True)].to(self.device)
         return self._compute(positions)
 
     def _compute(self, positions: Tensor) -> Tensor:
