@@ -37,10 +37,13 @@ def with_lr(config: CAPTConfig, lr: float) -> CAPTConfig:
 
 SETTINGS = {
     "demo": DEMO_CONFIG,
-    "lr 3e-4": with_lr(DEMO_CONFIG, 3e-4),
+    **{f"semantic evidence {x}": replace(DEMO_CONFIG, semantic_evidence=x) for x in (0.0, 0.5, 1.5, 2.0, 3.0)},
+    "random pair texts": replace(DEMO_CONFIG, pair_texts="random"),
     "no evidence": replace(DEMO_CONFIG, evidence=0.0),
+    "neither evidence": replace(DEMO_CONFIG, evidence=0.0, semantic_evidence=0.0),
+    "full strength on new classes": replace(DEMO_CONFIG, unseen_strength=1.0),
+    "no correction of new classes": replace(DEMO_CONFIG, unseen_strength=0.0),
     "no evidence, lr 1e-3": with_lr(replace(DEMO_CONFIG, evidence=0.0), 1e-3),
-    "as published": DEMO_CONFIG.as_published(),
     "as published, lr 1e-3": with_lr(DEMO_CONFIG.as_published(), 1e-3),
 }
 

@@ -96,7 +96,7 @@ def test_every_verb_explains_itself_and_all_of_its_options(name: str, capsys: py
     verb = cli.VERBS[name]
     function = getattr(import_module(verb.module), verb.function)
     for parameter in inspect.signature(function).parameters:
-        assert f"\n        {parameter}: " in function.__doc__, parameter
+        assert f"\n    {parameter}: " in inspect.cleandoc(function.__doc__), parameter
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_the_same_command_takes_any_clip(
     data = (photos, "--test-fraction", 0.2, "--model", model)
     assert capt("fit", "capt", *data, *small, "--adapter-layers", "last", "--out", out, "--json") == 0
     captured = capsys.readouterr()
-    assert set(json.loads(captured.out)["methods"]) == {"zero_shot", "linear_adapter", "capt"}
+    assert set(json.loads(captured.out)["methods"]) == {"zero_shot", "linear_adapter", "tip_adapter", "capt"}
     assert ("the weights are random" in captured.err) == (kind == "open_clip")
 
 

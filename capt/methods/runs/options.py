@@ -27,7 +27,7 @@ class RunOptions:
             settings, or the folder of a finished ``capt fit NAME`` run with the same seeds.
         rivals: compared with CAPT on the same base model: linear_adapter, tip_adapter, plain_adapter.
         linear: training of the linear adapter.
-        pair_texts: files of written pair texts for the training and the new classes; default: the shipped ones for
+        pair_text_files: files of written pair texts for the training and the new classes; default: the shipped ones for
             the shipped images, texts derived from class names otherwise.
         few_shot_lists: files that list the training images, with ``{shots}`` and ``{seed}`` in the name, instead of
             a choice made here.
@@ -41,7 +41,7 @@ class RunOptions:
     base: str = "zero-shot"
     rivals: tuple[str, ...] = ("linear_adapter", "tip_adapter")
     linear: TrainingOptions = field(default_factory=TrainingOptions)
-    pair_texts: tuple[str, ...] = ()
+    pair_text_files: tuple[str, ...] = ()
     few_shot_lists: str = ""
     transductive: bool = False
     token_memory: int = 2 << 30

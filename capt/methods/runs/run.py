@@ -63,7 +63,7 @@ class Run:
         self.variants = dict(config) if isinstance(config, Mapping) else {"capt": config or CAPTConfig()}
         self.base_config = base_config
         self.progress = progress or (lambda what, done, total: None)
-        self.pair_texts = PairTextChoice(self.options.pair_texts, protocol)
+        self.pair_texts = PairTextChoice(self.options.pair_text_files, protocol)
 
     # ---- training -----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,12 @@ class SeedModels:
         base = [] if self.base.kind == "zero-shot" else [row_name(self.base.kind)]
         tip = [] if self.tip is None else ["tip_adapter"]
         return ["zero_shot", *base, *self.adapters, *tip, *self.capt]
+
+
+def same_training(first: CAPTConfig, second: CAPTConfig) -> bool:
+    """Whether two configurations train alike, that is, differ in what is used at prediction only."""
+    at_prediction = {"evidence": 0.0, "semantic_evidence": 0.0, "unseen_strength": 1.0, "bank_at_inference": False}
+    return replace(first, **at_prediction) == replace(second, **at_prediction)  # type: ignore[arg-type]
 
 
 def row_name(kind: str) -> str:
@@ -226,7 +232,14 @@ class SeedTrainer:
                 )
                 model.evidence.remember(raw[0], labels.to(self.device))
                 place = folder if len(self.variants) == 1 else folder / name
-                self._train_capt(model, views, raw, images, seed, name, place)
+                like = next((other for other in models.capt.values() if same_training(other.config, config)), None)
+                if like is None:
+                    self._train_capt(model, views, raw, images, seed, name, place)
+                else:  # only prediction differs
+                    if like.bank is not None:  # it may have been collected anew on the way
+                        model.use_bank(like.bank)
+                    model.load_state_dict(like.state_dict())
+                model.eval().save(place)
                 models.capt[name] = model
             if len(models.capt) == 1:
                 models.adapters, models.tip = fit_rivals(
@@ -298,7 +311,6 @@ class SeedTrainer:
             model.learning_rates(), step, len(images), config.training,
             generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
         )  # fmt: skip
-        model.eval().save(folder)
 
 
 def load_seed(
