@@ -22,7 +22,7 @@ from typing import Any
 
 from capt.methods.ablation import as_markdown
 from capt.report import markdown_table, verdict
-from capt.report.summary import metric_name, method_name
+from capt.report.summary import method_name, metric_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # 'benchmarks' is not installed
