@@ -5,7 +5,8 @@
 
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py;
-between the ``tuning-table`` marks of docs/results.md, what scripts/tune_demo.py wrote. ``<!-- benchmarks -->`` in
+in docs/results.md, between the ``tuning-table`` marks what scripts/tune_demo.py wrote, between ``base-models`` what
+scripts/base_models.py wrote, and between ``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in
 README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
 docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
 """
@@ -19,7 +20,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from capt.methods.ablation import as_markdown
 from capt.report import markdown_table, verdict
+from capt.report.summary import method_name, metric_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # 'benchmarks' is not installed
@@ -28,6 +31,8 @@ from benchmarks import tables  # noqa: E402
 
 DEMO = ROOT / "docs" / "results" / "demo.json"
 TUNING = ROOT / "docs" / "results" / "tuning.json"
+BASE_MODELS = ROOT / "docs" / "results" / "base_models.json"
+ABLATION = ROOT / "docs" / "results" / "ablation.json"
 EXAMPLE = ROOT / "examples" / "drop_in.py"
 BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
 KERNELS = ROOT / "docs" / "kernels"
@@ -55,6 +60,45 @@ def tuning_table() -> str:
     lines = ["| Setting | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
     lines += [f"| {name} | " + " | ".join(f"{100 * row[m]:.1f}" for m in metrics) + " |" for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def base_models_table() -> str:
+    """Every method on every base model and tower, and what that says about the goals."""
+    runs = json.loads(BASE_MODELS.read_text(encoding="utf-8"))
+    metrics = next(iter(runs.values()))["metrics"]
+    lines = [
+        "| Tower | Base model f0 | Method | " + " | ".join(map(metric_name, metrics)) + " | Corrected of f0 |",
+        "| --- | --- | --- |" + " ---: |" * (len(metrics) + 1),
+    ]
+    verdicts = []
+    for name, run in runs.items():
+        tower, base = name.split(", ")
+        methods = run["methods"]
+        for method, results in methods.items():
+            mean, std = results["mean"], results["std"]
+            first = method == "zero_shot"
+            cells = [
+                "-" if first and metric not in metrics[:3] else f"{100 * mean[metric]:.1f} ± {100 * std[metric]:.1f}"
+                for metric in metrics
+            ]
+            of_base = mean.get("sample_correction_rate_of_base_model")
+            cells.append("-" if of_base is None else f"{100 * of_base:.1f}")
+            lines.append(f"| {tower} | {base} | {method_name(method)} | " + " | ".join(cells) + " |")
+        ours, f0 = methods["capt"]["mean"], methods[base.replace("-", "_")]["mean"]
+        below = [method_name(m) for m, r in methods.items() if m != "capt" and r["mean"]["hm"] >= ours["hm"]]
+        rate = 100 * ours["sample_correction_rate"]
+        verdicts.append(
+            f"- {tower}, {base}: CAPT's harmonic mean is "
+            + ("above every other method's" if not below else f"not above that of {', '.join(below)}")
+            + f"; corrected {rate:.1f} % ({'at least' if rate >= 50.72 else 'below'} 50.72 %); novel accuracy "
+            + f"{100 * (ours['novel'] - f0['novel']):+.1f} points against its base model."
+        )
+    return "\n".join([*lines, "", *verdicts])
+
+
+def ablation_table() -> str:
+    """The table of ``capt ablate``."""
+    return as_markdown(json.loads(ABLATION.read_text(encoding="utf-8")))
 
 
 def benchmark_summary(recorded: dict[str, Any]) -> str:
@@ -113,6 +157,10 @@ def generated() -> dict[str, dict[str, str]]:
         pages["README.md"]["benchmarks"] = benchmark_summary(json.loads(BENCHMARKS.read_text(encoding="utf-8")))
     if TUNING.is_file():
         pages["docs/results.md"]["tuning-table"] = tuning_table()
+    if BASE_MODELS.is_file():
+        pages["docs/results.md"]["base-models"] = base_models_table()
+    if ABLATION.is_file():
+        pages["docs/results.md"]["ablation"] = ablation_table()
     return pages
 
 

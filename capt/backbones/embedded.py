@@ -63,8 +63,9 @@ def load_folder(folder: str | Path | None = None, *, fold: bool | None = None) -
     config, tensors = _read(root, check=shipped)
     made = _assembled(root, config, tensors, _templates(root))
     if shipped if fold is None else fold:
-        fold_batch_norm(made.model.visual.trunk)
-        made.model.visual.to(memory_format=torch.channels_last)
+        visual: Any = made.model.visual
+        fold_batch_norm(visual.trunk)
+        visual.to(memory_format=torch.channels_last)
     return made
 
 

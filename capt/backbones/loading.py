@@ -102,8 +102,9 @@ def load(
 
     Args:
         model: ``"embedded"`` or ``"embedded-vit"`` (both ship with this library and need no network: one text tower,
-            the image tower an EfficientNet or a ViT); an open_clip architecture such as ``"ViT-B-16"``; a folder with ``open_clip_config.json`` and safetensors weights; ``"hf:"`` and a
-            folder or an already downloaded hub id of a transformers model, or such a folder itself.
+            an EfficientNet or a ViT as image tower); an open_clip architecture such as ``"ViT-B-16"``; a folder with
+            ``open_clip_config.json`` and safetensors weights; ``"hf:"`` and a folder or an already downloaded hub
+            id of a transformers model, or such a folder itself.
         pretrained: open_clip's weight tag or a file; None makes random weights, with a warning.
         allow_activation_mismatch: see :func:`wrap`.
         truncate: see :func:`wrap`.

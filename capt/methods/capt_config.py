@@ -69,7 +69,8 @@ class CAPTConfig:
         confusion_weight: weight of the contrastive loss as a whole.
         image_to_text_weight, text_to_image_weight, representative_weight: weights of its parts.
         balance_weight: weight of the load-balance loss.
-        semantic_evidence: strength of the written differences of leading classes at prediction; 0 switches them off.
+        semantic_evidence: strength of the written differences of leading classes at prediction, among classes without
+            sample evidence; 0 switches them off.
         evidence: strength of the class means of the training images at prediction; 0 switches them off.
         unseen_strength: share of the correction that is applied among classes of which the bank holds no evidence.
         views: augmented views a training image, beside the plain one; all are encoded once and kept.

@@ -19,7 +19,8 @@ class SemanticEvidence(nn.Module):
     For the leading class p and each of its k nearest rivals i the margin is
     ``scale * (mean v . D_p|i - mean v . D_i|p)``, where D_p|i are the texts on what p has and i has not. Half of it is
     taken from the rival, half (its mean over the rivals) given to p. Pairs without written texts have no margin.
-    Nothing is trained, and texts of new classes work as well as those of trained ones.
+    Nothing is trained, so it serves classes without training images; where there are some they say more (tuning table
+    in docs/results.md).
 
     Source: ours; the texts are those of CAPT's difference prompts, which the method itself only attends to.
     """

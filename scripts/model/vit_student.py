@@ -1,8 +1,6 @@
-"""The student: an open_clip `VisionTransformer`, a forward pass of it that is fast on a CPU, and its start."""
+"""The student: an open_clip `VisionTransformer`, and a forward pass of it that is fast on a CPU."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def vision_cfg(layers: int) -> dict:
-    """The `vision_cfg` of open_clip for this tower: pre-norm ViT without the norm before the first block, CLS pooling."""
+    """open_clip's `vision_cfg` of this tower: pre-norm ViT, no norm before the first block, CLS pooling."""
     return {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": layers, "head_width": WIDTH // HEADS,
             "no_ln_pre": True, "pool_type": "tok"}  # fmt: skip
 
@@ -60,34 +58,3 @@ def forward(visual: torch.nn.Module, images: torch.Tensor, keep: float = 1.0) ->
     for layer in visual.transformer.resblocks:
         x = block(layer, x)
     return visual.ln_post(x[:, 0]) @ visual.proj
-
-
-def load_start(visual: torch.nn.Module, source: dict[str, torch.Tensor], layers: list[int]) -> None:
-    """Copy the named layers of a DINOv2 ViT-S/14 into the student.
-
-    Layer scale is multiplied into the layers it follows, the bias of the patch projection goes into the positions, and
-    the positions are interpolated to the student's grid.
-    """
-    side, grid = math.isqrt(source["pos_patch"].shape[1]), SIZE // PATCH
-    positions = source["pos_patch"].reshape(1, side, side, WIDTH).permute(0, 3, 1, 2)
-    positions = F.interpolate(positions, (grid, grid), mode="bicubic", antialias=True).flatten(2)[0].T
-    state = visual.state_dict()
-    prefix = "embeddings.patch_embeddings.projection."
-    state["conv1.weight"] = source[prefix + "weight"]
-    state["class_embedding"] = source["embeddings.cls_token"].flatten()
-    state["positional_embedding"] = torch.cat([source["pos_cls"][0], positions + source[prefix + "bias"]])
-    for new, old in enumerate(layers):
-        there, here = f"encoder.layer.{old}.", f"transformer.resblocks.{new}."
-        parts = [f"{there}attention.attention.{name}." for name in ("query", "key", "value")]
-        for kind in ("weight", "bias"):
-            state[f"{here}attn.in_proj_{kind}"] = torch.cat([source[part + kind] for part in parts])
-            state[f"{here}ln_1.{kind}"] = source[f"{there}norm1.{kind}"]
-            state[f"{here}ln_2.{kind}"] = source[f"{there}norm2.{kind}"]
-            state[f"{here}mlp.c_fc.{kind}"] = source[f"{there}mlp.fc1.{kind}"]
-            for name, scale, target in (("attention.output.dense.", "layer_scale1", "attn.out_proj."),
-                                        ("mlp.fc2.", "layer_scale2", "mlp.c_proj.")):  # fmt: skip
-                factor = source[f"{there}{scale}.lambda1"]
-                value = source[there + name + kind]
-                state[here + target + kind] = value * (factor[:, None] if value.dim() == 2 else factor)
-    state["ln_post.weight"], state["ln_post.bias"] = source["layernorm.weight"], source["layernorm.bias"]
-    visual.load_state_dict(state, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ SCALE = 25.0  # temperature of the similarity tables, the shipped model's logit 
 
 
 class Tail(torch.nn.Module):
-    """The blocks after the frozen ones, the last norm and the projection: tokens [B, 1 + P, D] to features [B, DIM]."""
+    """The blocks after the frozen ones, the last norm, the projection: tokens [B, 1 + P, D] to features [B, DIM]."""
 
     def __init__(self, visual: torch.nn.Module, frozen: int):
         super().__init__()
@@ -60,37 +61,80 @@ def distil_loss(out: torch.Tensor, target: torch.Tensor, bank: torch.Tensor, sha
     return loss
 
 
-def train_tail(tail: Tail, tokens: list[torch.Tensor], targets: torch.Tensor, rows: torch.Tensor, bank: torch.Tensor,
-               seconds: float, file: Path, *, batch: int = 64, rate: float = 3e-4, share: float = 0.5,
-               mix: float = 0.5, keep: float = 1.0, decay: float = 0.05, average: float = 0.99, seed: int = 0, flat: bool = False,
-               watch=None) -> Tail:  # fmt: skip
+@torch.inference_mode()
+def run_tail(tail: Tail, tokens: torch.Tensor, batch: int = 128) -> torch.Tensor:
+    """Features float32 [N, DIM] of stored tokens [N, 1 + P, D], computed in bfloat16."""
+    fast = copy.deepcopy(tail).bfloat16()
+    device = fast.proj.device
+    return torch.cat([fast(part.to(device)) for part in tokens.split(batch)])
+
+
+@torch.inference_mode()
+def linear_start(tail: Tail, tokens: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, ridge: float) -> None:
+    """Set the projection to the ridge regression of the targets on the normed class token.
+
+    open_clip's projection has no bias: the mean goes into the bias of the norm, as far as the projection reaches it.
+    """
+    width = tail.proj.shape[0]
+    whole, tail.proj.data = tail.proj.data, torch.eye(width)
+    x = run_tail(tail, tokens[rows])
+    y = targets[rows].float()
+    tail.proj.data = whole
+    mean, centre = x.mean(0), y.mean(0)
+    x = x - mean
+    weight = torch.linalg.solve(x.T @ x + ridge * x.pow(2).sum() / width * torch.eye(width), x.T @ (y - centre))
+    tail.proj.data.copy_(weight)
+    tail.norm.bias.data += (centre - mean @ weight) @ torch.linalg.pinv(weight, rtol=1e-2)
+
+
+def best_scale(cosines: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """The logit scale from 4 to 60 that minimises the negative log-likelihood, and that minimum."""
+    losses = {scale: F.cross_entropy(scale * cosines, labels).item() for scale in range(4, 61)}
+    best = min(losses, key=losses.get)
+    return float(best), losses[best]
+
+
+def train_tail(tail: Tail, tokens: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, bank: torch.Tensor,
+               seconds: float, file: Path, *, rate: float = 3e-4, keep: float = 0.5, share: float = 0.5,
+               mix: float = 0.5, batch: int = 64, decay: float = 0.05, average: float = 0.99, seed: int = 0,
+               flat: bool = False, watch: Callable[[Tail], str] | None = None) -> Tail:  # fmt: skip
     """AdamW with a cosine rate over wall-clock time; returns the running average of the weights.
 
-    `tokens` holds one tensor [N, 1 + P, D] for each view; `rows` are the pictures that are trained on.
+    Args:
+        tokens: [N, 1 + P, D] as they enter the first trained block.
+        targets: the teacher's features [N, DIM].
+        rows: the pictures that are trained on.
+        bank: unit text features [T, DIM] for the divergence of similarities.
+        seconds: how long.
+        file: the average is written there once a minute and in the end.
+        keep: share of the patch tokens, drawn anew for each step, that a step looks at.
+        share: weight of the divergence beside the cosine distance.
+        mix: share of the steps whose pictures are mixed in pairs, up to half and half, tokens and targets alike.
+        flat: leave the rate at its peak (to be followed by a second call).
+        watch: makes a text of the average, to be printed once a minute.
     """
     draw = torch.Generator().manual_seed(seed)
-    fast = copy.deepcopy(tail).bfloat16()
-    best = copy.deepcopy(tail)
+    device = tail.proj.device
+    fast, best = copy.deepcopy(tail).bfloat16(), copy.deepcopy(tail)
     optimiser = torch.optim.AdamW(
         [{"params": [p for p in tail.parameters() if p.dim() > 1], "weight_decay": decay},
          {"params": [p for p in tail.parameters() if p.dim() == 1], "weight_decay": 0.0}], lr=rate)  # fmt: skip
-    start, step, order, shown, total, count = time.time(), 0, rows[:0], time.time(), 0.0, 0
+    start, step, order, losses, shown = time.time(), 0, rows[:0], [], time.time()
     while (done := (time.time() - start) / seconds) < 1:
-        factor = min(1.0, (step + 1) / 50) * (1.0 if flat else 0.5 * (1 + math.cos(math.pi * done)))
+        factor = 1.0 if flat else 0.5 * (1 + math.cos(math.pi * done))
         for group in optimiser.param_groups:
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * min(1.0, (step + 1) / 50)
         if len(order) < batch:
             order = rows[torch.randperm(len(rows), generator=draw)]
         chosen, order = order[:batch], order[batch:]
-        x, y = tokens[int(torch.randint(len(tokens), (1,), generator=draw))][chosen], targets[chosen].float()
+        x, y = tokens[chosen], targets[chosen].float()
         if keep < 1:
-            kept = 1 + torch.randperm(x.shape[1] - 1, generator=draw)[: round(keep * (x.shape[1] - 1))]
-            x = torch.cat([x[:, :1], x[:, kept]], 1)
-        if mix and float(torch.rand(1, generator=draw)) < mix:
-            part = float(torch.rand(1, generator=draw)) * 0.5
-            other = torch.randperm(batch, generator=draw)
+            patches = torch.randperm(x.shape[1] - 1, generator=draw)[: round(keep * (x.shape[1] - 1))]
+            x = torch.cat([x[:, :1], x[:, 1 + patches]], 1)
+        if float(torch.rand(1, generator=draw)) < mix:
+            part, other = float(torch.rand(1, generator=draw)) / 2, torch.randperm(batch, generator=draw)
             x, y = torch.lerp(x, x[other], part), torch.lerp(y, y[other], part)
-        loss = distil_loss(fast(x), y, bank, share)
+        loss = distil_loss(fast(x.to(device)), y.to(device), bank, share)
         loss.backward()
         for slow, quick in zip(tail.parameters(), fast.parameters(), strict=True):
             slow.grad, quick.grad = quick.grad.float(), None
@@ -102,13 +146,17 @@ def train_tail(tail: Tail, tokens: list[torch.Tensor], targets: torch.Tensor, ro
             for slow, quick, mean in zip(tail.parameters(), fast.parameters(), best.parameters(), strict=True):
                 quick.copy_(slow)
                 mean.lerp_(slow, pull)
-        total, count = total + loss.item(), count + 1
+        losses.append(loss.item())
         if time.time() - shown > 60:
             text = f", {watch(best)}" if watch else ""
             print(f"{time.time() - start:.0f} s, step {step}, {step * batch / len(rows):.2f} epochs, "
-                  f"loss {total / count:.4f}{text}", flush=True)  # fmt: skip
-            torch.save(best.state_dict(), file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
-            shown, total, count = time.time(), 0.0, 0
-    torch.save(best.state_dict(), file)
+                  f"loss {sum(losses) / len(losses):.4f}{text}", flush=True)  # fmt: skip
+            _save(best, file)
+            losses, shown = [], time.time()
+    _save(best, file)
     return best
+
+
+def _save(tail: Tail, file: Path) -> None:
+    torch.save({name: value.cpu() for name, value in tail.state_dict().items()}, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
