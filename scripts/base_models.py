@@ -26,15 +26,19 @@ from capt.training import TrainingOptions
 
 BASES = {"lite2": ("zero-shot", "coop"), "vit": ("zero-shot", "coop", "ivlp")}
 # Short schedules: on a CPU an epoch of prompts costs minutes, and four images a class are soon learned.
-PROMPTS = TrainingOptions(epochs=8, lr=1e-3, weight_decay=0.0)
+PROMPTS = TrainingOptions(epochs=8, lr=3e-3, weight_decay=0.0)
 BASE_CONFIGS: dict[str, BaseConfig] = {
     "coop": CoOpConfig(views=0, chunk=256, training=PROMPTS),
     "ivlp": IVLPConfig(views=0, chunk=256, training=replace(PROMPTS, epochs=4)),
 }
 CONFIGS = {
     "lite2": DEMO_CONFIG,
-    "vit": replace(DEMO_CONFIG, adapter_layers="last", training=replace(DEMO_CONFIG.training, epochs=6)),
+    "vit": replace(DEMO_CONFIG, adapter_layers="last", training=replace(DEMO_CONFIG.training, epochs=3, lr=3e-4)),
 }
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="*", default=list(BASES), choices=list(BASES))
     arguments = parser.parse_args()
     data = load_data("emoji")
-    results: dict[str, Any] = read_json(arguments.out) if arguments.out.is_file() else {}
+    results = _stored(arguments.out)
     for tower in arguments.towers:
         for base in BASES[tower]:
             if (name := f"{tower}, {base}") in results or base not in arguments.bases:
@@ -61,6 +65,8 @@ def main() -> None:
             results[name] = {key: summary[key] for key in kept} | {
                 "config": asdict(config), "base_config": None if base_config is None else asdict(base_config)
             }  # fmt: skip
+            # Another process may have added other runs.
+            results |= {key: run for key, run in _stored(arguments.out).items() if key not in results}
             write_json(arguments.out, results)
             print(f"{name}\n{markdown_table(summary, seeds=False)}\n", file=sys.stderr)
 
