@@ -187,17 +187,16 @@ def _packages() -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
-    from capt.backbones.embedded import embedded_folder
+    from capt.backbones.embedded import embedded_folder, embedded_vit_folder
 
-    folder = embedded_folder()
-    sums = read_json(folder / "checksums.json")
-    wrong = [name for name, entry in sums.items() if sha256(folder / name) != entry["sha256"]]
-    size = sum((folder / name).stat().st_size for name in sums)
-    if wrong:
-        text = f"{', '.join(wrong)}: not what was shipped; install capt again"
-        yield Finding("model", "shipped model", "broken", text)
-    else:
-        yield Finding("model", "shipped model", "ok", f"{len(sums)} checksums are right, {size / 2**20:.0f} MiB")
+    for name, folder in (("shipped model", embedded_folder()), ("shipped ViT tower", embedded_vit_folder())):
+        sums = read_json(folder / "checksums.json")
+        wrong = [file for file, entry in sums.items() if sha256(folder / file) != entry["sha256"]]
+        size = sum((folder / file).stat().st_size for file in sums)
+        if wrong:
+            yield Finding("model", name, "broken", f"{', '.join(wrong)}: not what was shipped; install capt again")
+        else:
+            yield Finding("model", name, "ok", f"{len(sums)} checksums are right, {size / 2**20:.0f} MiB")
 
 
 def _machine() -> Iterator[Finding]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_ROW_SCALE = ".int8_scale"
+
+
 class FolderModel(NamedTuple):
     """An open_clip model read from a folder, and what belongs to it."""
 
@@ -34,6 +37,11 @@ class FolderModel(NamedTuple):
 def embedded_folder() -> Path:
     """Where the shipped model lies."""
     return Path(str(files("capt"))) / "assets" / "model"
+
+
+def embedded_vit_folder() -> Path:
+    """Where the shipped ViT image tower lies."""
+    return Path(str(files("capt"))) / "assets" / "vit"
 
 
 def load_folder(folder: str | Path | None = None, *, fold: bool | None = None) -> FolderModel:
@@ -52,23 +60,68 @@ def load_folder(folder: str | Path | None = None, *, fold: bool | None = None) -
     """
     shipped = folder is None
     root = embedded_folder() if folder is None else Path(folder)
-    if shipped or (root / "checksums.json").is_file():
+    config, tensors = _read(root, check=shipped)
+    made = _assembled(root, config, tensors, _templates(root))
+    if shipped if fold is None else fold:
+        visual: Any = made.model.visual
+        fold_batch_norm(visual.trunk)
+        visual.to(memory_format=torch.channels_last)
+    return made
+
+
+def load_vit(folder: str | Path | None = None) -> FolderModel:
+    """Put an image tower's folder together with the text tower, logit scale and templates of the shipped model.
+
+    Args:
+        folder: ``open_clip_config.json`` without ``text_cfg``, ``checksums.json`` and one safetensors file with the
+            ``visual.*`` weights, and a ``logit_scale`` where the tower has its own; None for the shipped ViT.
+
+    Raises:
+        DataError: a file is missing.
+        DamagedFileError: a checksum is wrong or the weights do not fit the configuration.
+    """
+    root = embedded_vit_folder() if folder is None else Path(folder)
+    base_config, base = _read(embedded_folder(), check=True)
+    config, tensors = _read(root, check=True)
+    config["model_cfg"]["text_cfg"] = base_config["model_cfg"]["text_cfg"]
+    text = {name: tensor for name, tensor in base.items() if not name.startswith("visual.")}
+    return _assembled(root, config, text | tensors, _templates(embedded_folder()))
+
+
+def _read(root: Path, *, check: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a folder, the weights in single precision."""
+    if check or (root / "checksums.json").is_file():
         _check_sums(root)
+    return read_json(root / "open_clip_config.json"), _unpacked(load_tensors(_weights(root)))
+
+
+def _unpacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo what is for the disk only: half precision, and int8 matrices with a scale for each row."""
+    tensors = {}
+    for name, tensor in stored.items():
+        if name.endswith(_ROW_SCALE):
+            continue
+        scale = stored.get(name + _ROW_SCALE)
+        if scale is not None:
+            tensor = tensor.float() * scale.float()[:, None]
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _weights(root: Path) -> Path:
     weights = sorted(root.glob("*.safetensors"))
     if len(weights) != 1:
         raise DataError(f"'{root}': expected one .safetensors file, found {len(weights)}.")
-    config = read_json(root / "open_clip_config.json")
+    return weights[0]
+
+
+def _assembled(root: Path, config: dict[str, Any], tensors: dict[str, Tensor], templates: list[str]) -> FolderModel:
     open_clip = import_optional("open_clip", f"the model in '{root.name}'")
     model = _built(open_clip, config["model_cfg"])
-    tensors = load_tensors(weights[0])
-    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}  # fp16 is for the disk
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise DamagedFileError(f"'{weights[0]}': the weights do not fit open_clip_config.json: {error}") from error
-    if shipped if fold is None else fold:
-        fold_batch_norm(model.visual.trunk)
-        model.visual.to(memory_format=torch.channels_last)
+        raise DamagedFileError(f"'{_weights(root)}': the weights do not fit open_clip_config.json: {error}") from error
     size = model.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     text_config = config["model_cfg"]["text_cfg"]
@@ -76,8 +129,7 @@ def load_folder(folder: str | Path | None = None, *, fold: bool | None = None) -
         tokenizer = open_clip.get_tokenizer(f"local-dir:{root}")  # its files lie beside the weights
     else:
         tokenizer = open_clip.SimpleTokenizer(context_length=text_config.get("context_length", 77))
-    preprocess = from_open_clip(config.get("preprocess_cfg"), size)
-    return FolderModel(model, tokenizer, preprocess, _templates(root))
+    return FolderModel(model, tokenizer, from_open_clip(config.get("preprocess_cfg"), size), templates)
 
 
 def _built(open_clip: Any, config: dict[str, Any]) -> Any:

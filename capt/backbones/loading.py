@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from capt.backbones._optional import import_optional
 from capt.backbones.backbone import DEFAULT_TEMPLATES, Backbone
 from capt.backbones.base import TextTower, TokenTower
-from capt.backbones.embedded import load_folder
+from capt.backbones.embedded import FolderModel, load_folder, load_vit
 from capt.backbones.guards import check_activation, check_transformers_activation
 from capt.backbones.transforms import EvalTransform, from_open_clip, from_transformers
 from capt.errors import CaptError, DataError
@@ -23,6 +23,7 @@ from capt.files import read_json
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SHIPPED: dict[str, Callable[[], FolderModel]] = {"embedded": load_folder, "embedded-vit": load_vit}
 _CLIP_VOCABULARY = 49408
 
 
@@ -100,9 +101,10 @@ def load(
     """Load a model by name.
 
     Args:
-        model: ``"embedded"`` (ships with this library, needs no network); an open_clip architecture such as
-            ``"ViT-B-16"``; a folder with ``open_clip_config.json`` and safetensors weights; ``"hf:"`` and a
-            folder or an already downloaded hub id of a transformers model, or such a folder itself.
+        model: ``"embedded"`` or ``"embedded-vit"`` (both ship with this library and need no network: one text tower,
+            an EfficientNet or a ViT as image tower); an open_clip architecture such as ``"ViT-B-16"``; a folder with
+            ``open_clip_config.json`` and safetensors weights; ``"hf:"`` and a folder or an already downloaded hub
+            id of a transformers model, or such a folder itself.
         pretrained: open_clip's weight tag or a file; None makes random weights, with a warning.
         allow_activation_mismatch: see :func:`wrap`.
         truncate: see :func:`wrap`.
@@ -114,8 +116,8 @@ def load(
     """
     options: dict[str, Any] = {"allow_activation_mismatch": allow_activation_mismatch, "truncate": truncate}
     folder = Path(model)
-    if model == "embedded" or (folder / "open_clip_config.json").is_file():
-        made = load_folder(None if model == "embedded" else folder)
+    if model in SHIPPED or (folder / "open_clip_config.json").is_file():
+        made = SHIPPED[model]() if model in SHIPPED else load_folder(folder)
         backbone = wrap(
             made.model, made.tokenizer, made.preprocess, name=folder.name, templates=made.templates, **options
         )
@@ -188,7 +190,7 @@ def _load_open_clip(model: str, pretrained: str | None, options: dict[str, Any])
     open_clip = import_optional("open_clip", f"loading {model!r}")
     if model not in open_clip.list_models() and not model.startswith("hf-hub:"):
         raise CaptError(
-            f"model: {model!r} is neither 'embedded', nor a folder, nor an open_clip architecture. "
+            f"model: {model!r} is neither 'embedded' or 'embedded-vit', nor a folder, nor an open_clip architecture. "
             "open_clip.list_models() has the names."
         )
     config = open_clip.get_model_config(model) if model in open_clip.list_models() else None

@@ -31,7 +31,7 @@ class ModelOptions:
     """Which CLIP model is used."""
 
     model: str = "embedded"
-    """'embedded' (shipped), an open_clip model name, or hf:FOLDER for a transformers CLIP or SigLIP."""
+    """'embedded' or 'embedded-vit' (shipped), an open_clip model name, hf:FOLDER for a transformers CLIP or SigLIP."""
     pretrained: str | None = None
     """open_clip weights: a tag or a checkpoint file; without it an open_clip model has random weights."""
     device: str | None = None
