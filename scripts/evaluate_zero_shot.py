@@ -2,6 +2,7 @@
 
     python scripts/evaluate_zero_shot.py --work build/model-work          # emoji and Tux Paint animals
     python scripts/evaluate_zero_shot.py --emoji-only                  # no download
+    python scripts/evaluate_zero_shot.py --vit --emoji-only            # the ViT tower, loaded by this library
 
 Emoji: the classes of `capt/assets/emoji`, none of which entered the fit, in every style. Tux Paint: 146 animal
 pictures of the Debian package `tuxpaint-stamps-default` (unpacked, never shipped), each to be matched with its caption.
@@ -63,6 +64,16 @@ class Clip:
         rows = [self.model.encode_image(torch.stack([self.preprocess(im) for im in images[i : i + batch]]))
                 for i in range(0, len(images), batch)]  # fmt: skip
         return F.normalize(torch.cat(rows), dim=-1)
+
+
+class VitClip(Clip):
+    """The ViT image tower with the text tower of the shipped model, put together by this library."""
+
+    def __init__(self, folder: Path):
+        from capt.backbones.embedded import load_vit
+
+        self.model, self.tokenizer, self.preprocess, self.templates = load_vit(folder)
+        self.model.eval()
 
 
 def on_white(image: Image.Image, margin: float = 0.06) -> Image.Image:
@@ -142,7 +153,8 @@ def animals(clip: Clip, work: Path) -> list[dict]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ASSETS / "model", help="folder of the checkpoint")
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--vit", action="store_true", help="the folder is a ViT image tower without text tower")
     parser.add_argument("--emoji", type=Path, default=ASSETS / "emoji", help="folder of the emoji set")
     parser.add_argument("--work", type=Path, help="folder for downloads (needed for the Tux Paint animals)")
     parser.add_argument("--emoji-only", action="store_true")
@@ -150,7 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.emoji_only and not args.work:
         parser.error("--work names the folder for the Tux Paint download; or give --emoji-only")
-    clip = Clip(args.model)
+    clip = VitClip(args.model or ASSETS / "vit") if args.vit else Clip(args.model or ASSETS / "model")
     results = emoji(clip, args.emoji) + ([] if args.emoji_only else animals(clip, args.work))
     print(f"templates: {clip.templates}")
     print("| test | images | classes | top-1 % | top-5 % |\n| --- | --- | --- | --- | --- |")

@@ -143,7 +143,7 @@ def _resized(svg: str) -> tuple[str, float, float]:
     return svg[: root.start()] + tag + svg[root.end() :], width, height
 
 
-def _render(work: Path, jobs: list[tuple[str, str, str]], workers: int) -> Iterator[np.ndarray | None]:
+def render_jobs(work: Path, jobs: list[tuple[str, str, str]], workers: int) -> Iterator[np.ndarray | None]:
     with ProcessPoolExecutor(workers, initializer=_start, initargs=(work,)) as pool:
         yield from pool.map(_pixels, jobs, chunksize=8)
 
@@ -154,7 +154,7 @@ def features(work: Path, model: torch.nn.Module, jobs: list[tuple[str, str, str]
     model.reset_classifier(0)
     rows, kept, batch, numbers, start = [], [], [], [], time.time()
     with torch.inference_mode():
-        for number, pixels in enumerate(_render(work, jobs, workers)):
+        for number, pixels in enumerate(render_jobs(work, jobs, workers)):
             if pixels is not None:
                 batch.append(pixels)
                 numbers.append(number)
@@ -180,7 +180,7 @@ def trunk_statistics(work: Path, jobs: list[tuple[str, str, str]], count: int = 
     cache = work / "fit" / "statistics.pt"
     if not cache.exists():
         sample = random.Random(seed).sample(jobs, count)
-        torch.save(drawn_statistics([p for p in _render(work, sample, 1) if p is not None]), cache)
+        torch.save(drawn_statistics([p for p in render_jobs(work, sample, 1) if p is not None]), cache)
     return torch.load(cache)
 
 
