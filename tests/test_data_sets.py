@@ -395,7 +395,7 @@ class TestBaseNovel:
             "letters", images.subset(images.ids % 2 == 0), None, images.subset(images.ids % 2 == 1), images.classes
         )
 
-    def test_odd_class_goes_to_base_and_novel_is_renumbered(self):
+    def test_33_odd_class_goes_to_base_and_novel_is_renumbered(self):
         base, novel = base_novel(self.data())
         assert base.classes == ("a", "b", "c") and novel.classes == ("d", "e")
         assert novel.train.labels.tolist() == [0, 0, 1, 1] and novel.train.classes == ("d", "e")

@@ -45,7 +45,7 @@ def nested_loops(tokens, weight, alpha, grid, n_prefix):
     return out
 
 
-def test_reference_is_the_definition():
+def test_20_reference_is_the_definition():
     tokens, weight = make(2, (3, 4), 5, 2, 1)
     tokens, weight, alpha = tokens.double(), weight.double(), torch.tensor([0.5, -2.0]).double()
     expected = nested_loops(tokens, weight, alpha, (3, 4), 2)
