@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from capt.bank import ConfusionBank
 from capt.data import load, save_few_shot
+from capt.data.pair_texts import PairText, PairTexts
 from capt.errors import CaptError, DataError
 from capt.files import load_tensors
 from capt.methods.ablation import FULL, VARIANTS, configurations
@@ -32,6 +34,7 @@ from capt.methods.runs import (
 )
 from capt.methods.runs.memory import announced_memory
 from capt.methods.runs.views import rows_of
+from capt.modules import PairPrompts
 from capt.report.summary import verdict
 from capt.training import TrainingOptions
 from tests.tiny import CLASSES, backbone, data_set
@@ -191,12 +194,11 @@ def test_published_and_partial_variants_use_no_texts_of_ours():
 
 
 def test_mistakes_collected_anew_do_not_depend_on_evidence_at_prediction():
-    from importlib.resources import files
-
-    from capt.data import load_pair_texts
-    from capt.modules import PairPrompts
-
-    texts = load_pair_texts(files("capt") / "assets" / "emoji" / "pair_texts_base.json")
+    pairs = {
+        (CLASSES[a], CLASSES[b]): PairText(("both are things",), (f"it is a {CLASSES[a]}",), (f"it is a {CLASSES[b]}",))
+        for a, b in itertools.combinations(range(len(CLASSES)), 2)
+    }
+    texts = PairTexts("tiny", "base", CLASSES, pairs)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels, banks = torch.arange(12) % len(texts.classes), []
     for strength in (0.0, 1000.0):

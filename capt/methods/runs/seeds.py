@@ -114,7 +114,9 @@ def listed_shots(options: RunOptions, train: ImageSet, seed: int) -> ImageSet:
         ) from error
     images = load_few_shot(path, train)
     if len(images) and (most := int(images.counts.max())) > options.shots:
-        raise DataError(f"'{path}': lists up to {most} images of a class, but shots is {options.shots}; make them equal")
+        raise DataError(
+            f"'{path}': lists up to {most} images of a class, but shots is {options.shots}; make them equal"
+        )
     return images
 
 
@@ -297,19 +299,18 @@ class SeedTrainer:
         images: ImageSet, text: Tensor,
     ) -> ConfusionBank:  # fmt: skip
         """Mistakes on the training images of f0, or of the model that ``bank_source`` names."""
-        source, classes = base, self.protocol.classes
+        classes, own = self.protocol.classes, config.bank_source in ("own", base.kind)
+        source = base if own else self.base(config.bank_source, seed)  # may be trained here, so with gradients
         with torch.no_grad():
-            if config.bank_source in ("own", base.kind):
+            if own:
                 logits = base.logits(raw, classes, text)
             else:
-                source = self.base(config.bank_source, seed)
                 # Not the inputs it was trained on: those may be of other images, and carry more than images.
                 store = self._store(
                     ("bank", config.bank_source), "encoding for the bank", self.union, source.inputs, None
                 )
                 parts = positions_of(self.union, images.ids).split(CHUNK)
-                other = torch.cat([source.features(store(part)) for part in parts])
-                logits = source.logits(other, classes)
+                logits = source.logits(torch.cat([source.features(store(part)) for part in parts]), classes)
         return ConfusionBank.from_logits(
             F.normalize(raw, dim=-1).cpu(), logits.cpu(), labels, ids, classes, names=images.names,
             backbone=source.fingerprint(),
