@@ -19,16 +19,18 @@ from capt.data import load as load_data
 from capt.files import read_json, write_json
 from capt.methods.base.coop import CoOpConfig
 from capt.methods.base.ivlp import IVLPConfig
+from capt.methods.base.linear_probe import LinearProbeConfig
 from capt.methods.base.model import BaseConfig
 from capt.methods.runs import Run, base_to_novel
 from capt.report.summary import markdown_table
 from capt.training import TrainingOptions
 
-BASES = {"lite2": ("zero-shot", "coop"), "vit": ("zero-shot", "coop", "ivlp")}
+BASES = {"lite2": ("zero-shot", "coop", "linear-probe"), "vit": ("zero-shot", "coop", "ivlp")}
 # Short schedules: on a CPU an epoch of prompts costs minutes, and four images a class are soon learned.
 PROMPTS = TrainingOptions(epochs=8, lr=3e-3, weight_decay=0.0)
 BASE_CONFIGS: dict[str, BaseConfig] = {
     "coop": CoOpConfig(views=0, chunk=256, training=PROMPTS),
+    "linear-probe": LinearProbeConfig(views=0),
     "ivlp": IVLPConfig(views=0, chunk=256, training=replace(PROMPTS, epochs=4)),
 }
 CONFIGS = {
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; runs that are in it are not repeated")
     parser.add_argument("--runs", type=Path, default=Path("runs/base-models"), help="folder for the runs")
-    parser.add_argument("--bases", nargs="*", default=("zero-shot", "coop", "ivlp"))
+    parser.add_argument("--bases", nargs="*", default=("zero-shot", "coop", "linear-probe", "ivlp"))
     parser.add_argument("--towers", nargs="*", default=list(BASES), choices=list(BASES))
     arguments = parser.parse_args()
     data = load_data("emoji")

@@ -136,10 +136,11 @@ def test_variants_share_a_base_model_and_are_stored_apart(tmp_path):
     assert evaluate(tmp_path, data_set(), backbone())["methods"] == summary["methods"]
 
 
-def test_unusable_options_are_refused():
+def test_unusable_options_are_refused(tmp_path):
     with pytest.raises(CaptError, match="rivals"):
         RunOptions(rivals=("linear",))
     with pytest.raises(CaptError, match="seeds"):
         RunOptions(seeds=())
     with pytest.raises(CaptError, match="base: found 'cop'"):
-        Run(base_to_novel(data_set()), backbone(), CONFIG, replace(OPTIONS, base="cop")).fit("unused")
+        Run(base_to_novel(data_set()), backbone(), CONFIG, replace(OPTIONS, base="cop")).fit(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

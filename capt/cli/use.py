@@ -87,7 +87,10 @@ def predict(
     if not images:
         raise DataError("no images given: capt predict RUN IMAGE...")
     pictures = [open_image(path) for path in images]
-    classifier = CAPT.load(seed_folder(run, seed), model.open(run))
+    folder = seed_folder(run, seed)
+    if not (folder / "state.json").is_file():
+        raise DataError(f"'{folder}': no model of CAPT there; expected a finished run of 'capt fit capt'")
+    classifier = CAPT.load(folder, model.open(run))
     recorded = read_json(run / "run.json")
     # The classes of the data set: both halves of base-to-novel, the trained ones otherwise.
     known = recorded["classes"].values()

@@ -37,7 +37,8 @@ class Variant:
 
 
 def _parts(sem: bool, sam: bool, mgde: bool) -> dict[str, Any]:
-    return {"semantic": "both" if sem else "none", "sample": sam, "mgde": mgde}
+    changes = {"semantic": "both" if sem else "none", "sample": sam, "mgde": mgde}
+    return changes if sem else changes | {"semantic_evidence": 0.0}  # it rests on the texts of SEM
 
 
 VARIANTS: dict[str, Variant] = {
@@ -49,13 +50,14 @@ VARIANTS: dict[str, Variant] = {
     "sem_mgde": Variant("parts", "SEM and MGDE", _parts(True, False, True)),
     "sam_mgde": Variant("parts", "SAM and MGDE", _parts(False, True, True)),
     "no_evidence": Variant("ours", "without class means as evidence", {"evidence": 0.0}),
+    "no_semantic_evidence": Variant("ours", "without written differences as evidence", {"semantic_evidence": 0.0}),
     "no_shared_expert": Variant("ours", "without the shared expert", {"shared_expert": False}),
     "as_published": Variant(
         "ours",
-        "neither, one learning rate, full strength on new classes",
-        {"shared_expert": False, "evidence": 0.0, "expert_lr": 1.0, "unseen_strength": 1.0},
+        "none of these, one learning rate, full strength on new classes",
+        {"shared_expert": False, "evidence": 0.0, "semantic_evidence": 0.0, "expert_lr": 1.0, "unseen_strength": 1.0},
     ),
-    "commonality": Variant("texts", "commonality prompts only", {"semantic": "commonality"}),
+    "commonality": Variant("texts", "commonality prompts only", {"semantic": "commonality", "semantic_evidence": 0.0}),
     "difference": Variant("texts", "difference prompts only", {"semantic": "difference"}),
     "derived_texts": Variant("texts", "prompts from class names only", {"pair_texts": "derived"}),
     "random_texts": Variant("texts", "control: prompts of other pairs", {"pair_texts": "random"}),

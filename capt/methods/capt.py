@@ -175,7 +175,7 @@ class CAPT(nn.Module):
             names: N image names.
         """
         mode = self.training
-        classes = replace(self.eval().class_set(), evidence=None)
+        classes = replace(self.eval().class_set(), evidence=None, semantic_evidence=False)
         features, logits = [], []
         for positions in torch.arange(len(labels)).split(256):
             tokens = inputs(positions)
@@ -302,7 +302,8 @@ class CAPT(nn.Module):
         corrected = self.mgde.correct(raw, expert.correction, sample.own, strength, extra, own_change=kept)
         logits = base.logit_scale * corrected @ classes.text_features.T
         logits = logits if extra_logits is None else logits + extra_logits
-        if classes.pair_prompts is not None and not classes.known and not self.training:
+        evident = classes.semantic_evidence and not classes.known and not self.training
+        if classes.pair_prompts is not None and evident:
             logits = self.semantic_evidence(features, logits, classes.pair_prompts, base.logit_scale)
         return CAPTOutput(corrected, logits, base_logits, semantic, sample, expert)
 

@@ -19,6 +19,7 @@ class ClassSet:
     ``known``: every candidate is a class of the bank; only then evidence counts and the correction is at full strength,
     because both would favour known classes over new ones. ``pair_prompts``: prompts of pairs of these very classes;
     ``prompt_texts`` [C, d]: class texts that stand in where a pair has none, default the text features.
+    ``semantic_evidence``: the written differences of leading classes count at prediction.
     """
 
     names: tuple[str, ...]
@@ -29,6 +30,7 @@ class ClassSet:
     known: bool = False
     pair_prompts: PairPrompts | None = None
     prompt_texts: Tensor | None = None
+    semantic_evidence: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ METHOD_NAMES = {
     "promptkd": "PromptKD",
     "dpc": "DPC-style",
     "capt": "CAPT",
+    "full": "CAPT",
 }
 METRIC_NAMES = {
     "base": "Base",
@@ -185,7 +186,8 @@ _RIVALS = {"linear_adapter": "an ordinary linear adapter", "plain_adapter": "a p
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences: better or worse than zero-shot, the base model and every rival."""
     methods = summary["methods"]
-    ours = next((name for name in reversed(methods) if name == "capt"), list(methods)[-1])
+    # An ablation is judged by its full method, a base model alone by itself.
+    ours = next((name for name in ("capt", "full") if name in methods), list(methods)[-1])
     if ours == REFERENCE:
         return ["This run holds zero-shot results only."]
     name, mean = method_name(ours), methods[ours]["mean"]

@@ -168,10 +168,12 @@ class TipAdapter(BaseModel):
     def restore(self, folder: Path, record: dict[str, Any]) -> None:
         """Read keys and labels; the number of cached images is known only from the file."""
         path = folder / "base.safetensors"
-        labels = load_tensors(path, record["sha256"]).get("key_labels", torch.empty(0))
+        found = load_tensors(path, record["sha256"])
+        labels, keys = found.get("key_labels", torch.empty(0)), found.get("keys", torch.empty(0, self.dim))
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DamagedFileError(f"'{path}': expected key_labels, int64 [N]; fit the model again")
-        self._fill(torch.empty(len(labels), self.dim), torch.empty_like(labels))
+        # As wide as the features that were cached: those of a student live in its teacher's space.
+        self._fill(torch.empty(len(labels), *keys.shape[1:]), torch.empty_like(labels))
         super().restore(folder, record)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
             raise DamagedFileError(f"'{path}': key_labels go beyond the {len(self.class_names)} recorded classes")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from capt.methods.base.model import BaseConfig
 from capt.methods.base.registry import BASES, base_type
 from capt.methods.capt_config import CAPTConfig
 from capt.methods.runs.options import RunOptions
@@ -31,12 +32,14 @@ _SLACK = 96 << 20  # the allocator, the decoder, the libraries that are loaded l
 
 
 def announced_memory(
-    protocol: Protocol, backbone: Backbone, options: RunOptions, variants: Mapping[str, CAPTConfig], n_images: int
-) -> dict[str, int]:
+    protocol: Protocol, backbone: Backbone, options: RunOptions, variants: Mapping[str, CAPTConfig], n_images: int,
+    base_config: BaseConfig | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Upper estimate in bytes, by what takes it, beside the process with its model loaded.
 
     Args:
         n_images: distinct training images of all seeds.
+        base_config: settings of the base model; default: its own.
     """
     tower, n_classes = backbone.tower, len(protocol.classes)
     length = tower.n_prefix + tower.grid[0] * tower.grid[1]
@@ -47,10 +50,15 @@ def announced_memory(
     found["predictions"] = 16 * len(options.seeds) * most * (4 + len(variants))
     kind = options.base
     if kind in BASES and kind != "zero-shot":
-        config = base_type(kind).config_type()
-        found["inputs of the base model"] = n_images * (1 + config.views) * per_image
-        found["training of the base model"] = FLOAT * config.training.batch_size * (
-            _KEPT_IN_A_BLOCK * max(len(tower.blocks), 1) * length * tower.width + _LOGIT_COPIES * n_classes
+        config = base_config or base_type(kind).config_type()
+        seen = n_images
+        if not base_type(kind).uses_labels:  # all training images, whatever the shots
+            seen = len(protocol.data.train if options.transductive else protocol.train)
+        found["inputs of the base model"] = min(seen * (1 + config.views) * per_image, options.token_memory)
+        found["training of the base model"] = (
+            FLOAT
+            * config.training.batch_size
+            * (_KEPT_IN_A_BLOCK * max(len(tower.blocks), 1) * length * tower.width + _LOGIT_COPIES * n_classes)
         )
         found["prompted texts"] = text_memory(backbone, n_classes)
     if variants:

@@ -33,7 +33,7 @@ class RunOptions:
             a choice made here.
         transductive: base models that learn without labels also see training images of the classes they are not
             trained on; recorded, and not comparable with other rows.
-        token_memory: bytes of frozen tokens to keep; above it they are computed again when needed.
+        token_memory: bytes of frozen tokens to keep, of the base model and of CAPT each; above it they are computed again when needed.
     """
 
     shots: int = 4

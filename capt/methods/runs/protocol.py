@@ -116,7 +116,10 @@ def base_to_novel(data: DataSet) -> Protocol:
         DataError: fewer than four classes, no test split, or a half without images.
     """
     if len(data.classes) < 4:
-        raise DataError(f"data set '{data.name}': base-to-novel needs at least 4 classes, found {len(data.classes)}")
+        raise DataError(
+            f"data set '{data.name}': base-to-novel needs at least 4 classes, found {len(data.classes)}; use the "
+            "protocol few-shot"
+        )
     _require_test(data)
     lock = TestLock()
     base, novel = base_novel(lock_test(data, lock))
@@ -172,7 +175,9 @@ def make_protocol(name: str, data: DataSet, targets: Sequence[DataSet] = ()) -> 
     """
     if name in ("base-to-novel", "few-shot"):
         if targets:
-            raise DataError(f"protocol '{name}': takes no further data sets; use cross-dataset or domain-generalisation")
+            raise DataError(
+                f"protocol '{name}': takes no further data sets; use cross-dataset or domain-generalisation"
+            )
         return base_to_novel(data) if name == "base-to-novel" else few_shot_all(data)
     if name in ("cross-dataset", "domain-generalisation"):
         if not targets:
@@ -194,14 +199,17 @@ def _all_classes(name: str, data: DataSet, others: Sequence[DataSet]) -> Protoco
         targets.append(Target(one.name, lock_images(one.test, lock), tuple(one.classes)))
     names = [target.name for target in targets]
     if len(set(names)) != len(names) or {"source", "average"} & set(names):
-        raise DataError(f"targets: found the data sets {names}; they need distinct names, other than source and average")
+        raise DataError(
+            f"targets: found the data sets {names}; they need distinct names, other than source and average"
+        )
     return Protocol(name, data, data.train, tuple(data.classes), tuple(targets), _forbidden(data), lock)
 
 
 def _require_test(data: DataSet) -> None:
     if data.test is None or not len(data.test):
         raise DataError(
-            f"data set '{data.name}': there is no test split to evaluate on; give one (test/ folder, split column)"
+            f"data set '{data.name}': there is no test split to evaluate on; give one (test/ folder, "
+            "split column), or hold out training images (--test-fraction 0.3)"
         )
 
 

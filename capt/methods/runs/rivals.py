@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from capt.methods.capt import CAPT
 from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.views import Views, rows_of
 from capt.training import TrainingOptions, train
-
-if TYPE_CHECKING:
-    from capt.backbones import Backbone
 
 Adapter: TypeAlias = LinearAdapter | BottleneckAdapter
 _KINDS: dict[str, type[LinearAdapter] | type[BottleneckAdapter]] = {
@@ -55,7 +52,7 @@ def fit_rivals(
         _fit(adapter.to(text.device), name, views, labels, base, text, training, seed, progress)
         save_tensors(folder / f"{name}.safetensors", dict(adapter.state_dict()))
         adapters[name] = adapter.eval()
-    if "tip_adapter" not in options.rivals:
+    if not _has_tip(base, options.rivals):
         return adapters, None
     tip = TipAdapter(base.backbone, capt.class_names)
     tip.prepare(views.plain, labels)
@@ -80,14 +77,21 @@ def _fit(
     )
 
 
-def load_rivals(folder: Path, backbone: Backbone, names: Sequence[str]) -> tuple[dict[str, Adapter], TipAdapter | None]:
+def _has_tip(base: BaseModel, names: Sequence[str]) -> bool:
+    """A cache is compared with; not where the base model is that very cache: its votes would count twice."""
+    return "tip_adapter" in names and base.kind != TipAdapter.kind
+
+
+def load_rivals(
+    folder: Path, base: BaseModel, names: Sequence[str]
+) -> tuple[dict[str, Adapter], TipAdapter | None]:  # fmt: skip
     """The rivals that :func:`fit_rivals` stored."""
     adapters: dict[str, Adapter] = {}
     for name in [name for name in _KINDS if name in names]:
         tensors = load_tensors(folder / f"{name}.safetensors")
         adapters[name] = _KINDS[name].like(tensors)
         adapters[name].load_state_dict(tensors)
-        adapters[name].to(backbone.device).eval()
-    tip = load_base(folder / "tip", backbone) if "tip_adapter" in names else None
+        adapters[name].to(base.backbone.device).eval()
+    tip = load_base(folder / "tip", base.backbone) if _has_tip(base, names) else None
     assert tip is None or isinstance(tip, TipAdapter)
     return adapters, tip

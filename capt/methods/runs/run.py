@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import capt
-from capt.data import DataSet, ImageSet, batches, few_shot, load_few_shot, save_few_shot
-from capt.errors import DamagedFileError, DataError
+from capt.data import DataSet, ImageSet, batches, few_shot, save_few_shot
+from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation.expected import judge_run
 from capt.evaluation.protocols import aggregate_seeds, confusion_changes
 from capt.files import read_json, save_tensors, write_bytes, write_json
@@ -34,7 +34,16 @@ from capt.methods.runs.memory import announced_memory
 from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.pair_texts import PairTextChoice
 from capt.methods.runs.protocol import Protocol, Target, make_protocol
-from capt.methods.runs.seeds import SeedModels, SeedTrainer, clear_folder, load_seed, positions_of, row_name
+from capt.methods.runs.seeds import (
+    SeedModels,
+    SeedTrainer,
+    clear_folder,
+    listed_shots,
+    load_seed,
+    positions_of,
+    row_name,
+    stored_base_run,
+)
 from capt.methods.runs.unlabelled import beyond_shots, refuse_transductive
 from capt.training import TokenStore, TrainingOptions
 
@@ -81,10 +90,7 @@ class Run:
             DataError: one of them is also a validation or test image.
         """
         options, train = self.options, self.protocol.train
-        if options.few_shot_lists:
-            images = load_few_shot(options.few_shot_lists.format(shots=options.shots, seed=seed), train)
-        else:
-            images = few_shot(train, options.shots, seed)
+        images = listed_shots(options, train, seed) if options.few_shot_lists else few_shot(train, options.shots, seed)
         if self.protocol.forbidden.intersection(map(int, images.ids)):
             raise DataError(
                 f"data set '{self.protocol.data.name}': training images also occur in the validation or test split"
@@ -94,10 +100,13 @@ class Run:
     def fit(self, out: str | Path) -> dict[int, SeedModels]:
         """Train every seed and write its folder; the test split stays shut."""
         out, started = Path(out), time.perf_counter()
+        sources = {self.options.base, *(config.bank_source for config in self.variants.values())} - {"own"}
+        if out.resolve() in [run.resolve() for run in map(stored_base_run, sorted(sources)) if run is not None]:
+            raise CaptError(f"base: '{out}' would be read and overwritten; give another --out")
         shots = {seed: self.shots(seed) for seed in self.options.seeds}
-        clear_folder(out, self.options.seeds)
+        clear_folder(out)
         n_images = len({int(i) for images in shots.values() for i in images.ids})
-        memory = announced_memory(self.protocol, self.backbone, self.options, self.variants, n_images)
+        memory = announced_memory(self.protocol, self.backbone, self.options, self.variants, n_images, self.base_config)
         self.progress(f"memory: at most {sum(memory.values()) / 2**20:.0f} MiB beside the model", 1, 1)
         self._record(out)
         self._update(out, announced_memory=memory)
@@ -216,7 +225,12 @@ class Run:
                     against = self.protocol.measure(found, row, base)
                     per_seed[str(seed)] |= {
                         f"{name}_of_base_model": against[name]
-                        for name in ("sample_correction_rate", "pair_resolution_rate", "net_reduction", "new_error_rate")
+                        for name in (
+                            "sample_correction_rate",
+                            "pair_resolution_rate",
+                            "net_reduction",
+                            "new_error_rate",
+                        )
                     }
             methods[row] = aggregate_seeds(per_seed)
         first, target = next(iter(predictions.values())), self.protocol.targets[0]
@@ -287,11 +301,11 @@ class _Scorer:
             name: _once(common, len(model.adapter.weight), partial(model.tokens, pixels))
             for name, model in models.capt.items()
         }
+        raw = _once(common, "features", lambda: self._features(pixels, tokens))
         outputs = {
-            name: model(tokens[name], self.sets[name], bank_tokens=self.stored[name])
+            name: model(tokens[name], self.sets[name], base_features=raw, bank_tokens=self.stored[name])
             for name, model in models.capt.items()
         }
-        raw = _once(common, "features", lambda: self._features(pixels, tokens))
         plain = raw if common is shared else _once(shared, "plain", lambda: self.backbone.image_features(pixels))
         extra, base_logits = base.extra_logits(raw, self.names), base.logits(raw, self.names, self.text)
         found = {"zero_shot": zero_shot_logits(plain, self.zero_shot_text, self.backbone.logit_scale)}
@@ -344,9 +358,13 @@ def evaluate(
     except (KeyError, TypeError, StopIteration) as error:
         raise DamagedFileError(f"'{run / 'run.json'}': not the record of a run ({error!r}); fit it again") from error
     chosen = make_protocol(protocol or name, data, targets)
-    if list(chosen.classes) != trained or (protocol is None and not targets and chosen.class_lists() != record["classes"]):
+    if list(chosen.classes) != trained or (
+        protocol is None and not targets and chosen.class_lists() != record["classes"]
+    ):
         raise DataError(_other_classes(run, data, record["classes"], chosen.class_lists()))
     repeat = Run(chosen, backbone, variants, options, progress=progress)
+    if repeat.pair_texts.record() != record.get("pair_texts", {}):
+        raise DataError(f"'{run}': its pair texts were changed since it was trained; restore them, or fit it again")
     models = {}
     for seed in options.seeds:
         folder = run / f"seed-{seed}"
@@ -366,9 +384,7 @@ def _options(values: Mapping[str, Any]) -> RunOptions:
     return RunOptions(**plain)
 
 
-def _other_classes(
-    run: Path, data: DataSet, trained: Mapping[str, list[str]], given: Mapping[str, list[str]]
-) -> str:
+def _other_classes(run: Path, data: DataSet, trained: Mapping[str, list[str]], given: Mapping[str, list[str]]) -> str:
     for name, classes in trained.items():
         found = given.get(name, [])
         if classes != found:

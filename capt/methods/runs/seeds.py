@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capt.bank import ConfusionBank
-from capt.data import ImageSet
+from capt.data import ImageSet, load_few_shot
 from capt.errors import CaptError, DataError
-from capt.files import load_tensors, save_tensors
+from capt.files import read_json
 from capt.methods.base.model import BaseConfig, BaseModel
 from capt.methods.base.registry import BASES, base_type, load_base, make_base
 from capt.methods.base.tip_adapter import TipAdapter
@@ -71,6 +72,18 @@ def row_name(kind: str) -> str:
     return kind.replace("-", "_")
 
 
+def stored_base_run(base: str) -> Path | None:
+    """The run folder that ``base`` names; None if it is the name of a base model.
+
+    Raises:
+        CaptError: it is neither.
+    """
+    if base not in BASES and Path(base).is_dir():
+        return Path(base)
+    base_type(base)
+    return None
+
+
 def positions_of(images: ImageSet, ids: np.ndarray) -> Tensor:
     """Positions int64 in ``images`` of sample ids, all of which must be there."""
     order = np.argsort(images.ids)
@@ -78,6 +91,27 @@ def positions_of(images: ImageSet, ids: np.ndarray) -> Tensor:
     if not np.array_equal(images.ids[found], ids):
         raise DataError("some stored sample ids are not in this data set: it is not the data the run was made with")
     return torch.from_numpy(np.ascontiguousarray(found))
+
+
+def listed_shots(options: RunOptions, train: ImageSet, seed: int) -> ImageSet:
+    """The training images that the list of ``few_shot_lists`` for ``seed`` names.
+
+    Raises:
+        CaptError: the name has other fields than ``{shots}`` and ``{seed}``.
+        DataError: the list is longer than ``shots`` says, or of other data.
+    """
+    try:
+        path = options.few_shot_lists.format(shots=options.shots, seed=seed)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise CaptError(
+            f"few_shot_lists: only {{shots}} and {{seed}} may stand in the name, found '{options.few_shot_lists}'"
+        ) from error
+    images = load_few_shot(path, train)
+    if len(images) and (most := int(images.counts.max())) > options.shots:
+        raise DataError(
+            f"'{path}': lists up to {most} images of a class, but shots is {options.shots}; make them equal"
+        )
+    return images
 
 
 class SeedTrainer:
@@ -93,17 +127,20 @@ class SeedTrainer:
         self.device = backbone.device
         ids = np.unique(np.concatenate([images.ids for images in shots.values()]))
         self.union = protocol.train.subset(np.sort(positions_of(protocol.train, ids).numpy()))
-        self._stores: dict[Hashable, Callable[[Tensor], Tensor]] = {}
-        configs = list(self.variants.values())
-        self._n_stores = 1 + max([config.views for config in configs], default=0)
+        self._stores: dict[tuple[tuple[Hashable, ...], int | None], TokenStore] = {}
 
     # ---- cached inputs ------------------------------------------------------------------------------
 
     def _store(
-        self, key: Hashable, what: str, images: ImageSet, encode: Callable[[Tensor], Tensor], view: int | None
-    ) -> Callable[[Tensor], Tensor]:
-        """Frozen inputs of ``images`` in one view; made once for each key."""
-        if (key, view) not in self._stores:
+        self, key: tuple[Hashable, ...], what: str, images: ImageSet, encode: Callable[[Tensor], Tensor],
+        view: int | None,
+        n_views: int = 1,
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        """Frozen inputs of ``images`` in one of ``n_views`` views; made once for each key."""
+        if (key, view) in self._stores:
+            # What was not kept is made again, by the present model: the one before may be finished, or another seed's.
+            self._stores[key, view].encode = encode
+        else:
             done = 0
 
             def report(count: int) -> None:
@@ -115,14 +152,14 @@ class SeedTrainer:
             transform = self.backbone.preprocess if view is None else self.backbone.train_transform
             self._stores[key, view] = TokenStore(
                 images, transform, encode, seed=view, device=self.device, progress=report,
-                limit=self.options.token_memory // self._n_stores,
+                limit=self.options.token_memory // n_views,
             )  # fmt: skip
         return self._stores[key, view]
 
     def _views(
-        self, key: Hashable, what: str, images: ImageSet, encode: Callable[[Tensor], Tensor], n: int
+        self, key: tuple[Hashable, ...], what: str, images: ImageSet, encode: Callable[[Tensor], Tensor], n: int
     ) -> list[Callable[[Tensor], Tensor]]:
-        return [self._store(key, what, images, encode, v) for v in (None, *range(n))]
+        return [self._store(key, what, images, encode, v, n + 1) for v in (None, *range(n))]
 
     # ---- base model ---------------------------------------------------------------------------------
 
@@ -132,8 +169,8 @@ class SeedTrainer:
         Raises:
             CaptError: the folder was made with other training images or classes.
         """
-        if kind not in BASES and Path(kind).is_dir():
-            return self._stored_base(Path(kind), seed)
+        if (run := stored_base_run(kind)) is not None:
+            return self._stored_base(run, seed)
         type_ = base_type(kind)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -145,9 +182,8 @@ class SeedTrainer:
             if labels is None:
                 labels = torch.from_numpy(images.labels.copy())
             pool = self.union if type_.uses_labels else images
-            key = ("inputs", kind, type_.uses_labels)
             views = Views(
-                self._views(key, f"encoding images for {kind}", pool, base.inputs, base.config.views),
+                self._views(("inputs", kind), f"encoding images for {kind}", pool, base.inputs, base.config.views),
                 positions_of(pool, images.ids),
             ) if kind != "zero-shot" else None  # fmt: skip
             if views is None:
@@ -176,8 +212,6 @@ class SeedTrainer:
                 f"same seeds, or the name of a base model ({', '.join(BASES)})"
             )
         base = load_base(folder / "base", self.backbone)
-        from capt.files import read_json
-
         used = {image["name"] for image in read_json(folder / "few_shot.json")["images"]}
         if used != set(self.shots[seed].names):
             raise CaptError(
@@ -205,7 +239,7 @@ class SeedTrainer:
         shared = None if base.tower is self.backbone.tower else seed
         prompts = pair_prompts(base)
         if shared is not None:  # tokens of another seed's prompts are of no use
-            self._stores = {key: store for key, store in self._stores.items() if key[0][0] != "tokens"}  # type: ignore[index]
+            self._stores = {key: store for key, store in self._stores.items() if key[0][0] != "tokens"}
         for name, config in self.variants.items():
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
@@ -252,17 +286,17 @@ class SeedTrainer:
     ) -> ConfusionBank:  # fmt: skip
         """Mistakes on the training images of f0, or of the model that ``bank_source`` names."""
         classes, own = self.protocol.classes, config.bank_source in ("own", base.kind)
-        source = base if own else self.base(config.bank_source, seed)
+        source = base if own else self.base(config.bank_source, seed)  # may be trained here, so with gradients
         with torch.no_grad():
             if own:
                 logits = base.logits(raw, classes, text)
             else:
-                # As for a base model with labels, whose inputs are those of the union, too.
-                key = ("inputs", config.bank_source, True)
-                store = self._store(key, "encoding for the bank", self.union, source.inputs, None)
+                # Not the inputs it was trained on: those may be of other images, and carry more than images.
+                store = self._store(
+                    ("bank", config.bank_source), "encoding for the bank", self.union, source.inputs, None
+                )
                 parts = positions_of(self.union, images.ids).split(CHUNK)
-                other = torch.cat([source.features(store(part)) for part in parts])
-                logits = source.logits(other, classes)
+                logits = source.logits(torch.cat([source.features(store(part)) for part in parts]), classes)
         return ConfusionBank.from_logits(
             F.normalize(raw, dim=-1).cpu(), logits.cpu(), labels, ids, classes, names=images.names,
             backbone=source.fingerprint(),
@@ -305,21 +339,20 @@ class SeedTrainer:
         )  # fmt: skip
 
 
-def load_seed(
-    folder: Path, backbone: Backbone, variants: Sequence[str], rivals: Sequence[str]
-) -> SeedModels:
+def load_seed(folder: Path, backbone: Backbone, variants: Sequence[str], rivals: Sequence[str]) -> SeedModels:
     """The models that :meth:`SeedTrainer.fit` wrote."""
     if not variants:
         return SeedModels(load_base(folder / "base", backbone))
     capt = {name: CAPT.load(folder if len(variants) == 1 else folder / name, backbone) for name in variants}
     models = SeedModels(next(iter(capt.values())).base, capt)
-    models.adapters, models.tip = load_rivals(folder, backbone, rivals)
+    models.adapters, models.tip = load_rivals(folder, models.base, rivals)
     return models
 
 
-def clear_folder(out: Path, seeds: Sequence[int]) -> None:
+def clear_folder(out: Path) -> None:
     """Remove what an earlier run left in the same folder: it would be taken for a part of this one."""
     (out / "summary.json").unlink(missing_ok=True)
     for folder in out.glob("seed-*"):
-        if folder.name.removeprefix("seed-") not in map(str, seeds):
+        # Only what a run wrote: somebody's own "seed-pictures" may lie beside it.
+        if re.fullmatch(r"seed--?\d+", folder.name) and (folder / "few_shot.json").is_file():
             shutil.rmtree(folder)
