@@ -156,7 +156,11 @@ def test_the_verdict_follows_the_numbers() -> None:
     text = " ".join(verdict(summary))
     assert "CAPT does not beat an ordinary linear adapter" in text and "points lower in the mean" in text
 
-    del summary["methods"]["capt"]
+    summary["expected"] = {"judgements": [{"verdict": "within", "why": ""}, {"verdict": "below", "why": ""}]}
+    assert "1 within, 1 below" in verdict(summary)[-1]
+    summary["expected"] = {"judgements": [{"verdict": "not comparable", "why": "another backbone"}]}
+    assert "not comparable: another backbone" in verdict(summary)[-1]
+    del summary["methods"]["capt"], summary["expected"]
     assert verdict(summary)[0].startswith("Accuracy on the classes it was trained on: Linear adapter 89.0 %, zero-shot")
     del summary["methods"]["linear_adapter"]
     assert verdict(summary) == ["This run holds zero-shot results only."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,4 +209,17 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             sentences.append(
                 f"{name} {word} {description} in {summed[metric]}: {_compare(summary, metric, rival, ours)}."
             )
-    return sentences
+    return sentences + _expected(summary)
+
+
+def _expected(summary: Mapping[str, Any]) -> list[str]:
+    """How many published numbers a run on a published data set agrees with; nothing on other data."""
+    judgements = summary.get("expected", {}).get("judgements", [])
+    if not judgements:
+        return []
+    counts = Counter(judgement["verdict"] for judgement in judgements)
+    if set(counts) == {"not comparable"}:
+        return [f"The published numbers for this data set are not comparable: {judgements[0]['why']}."]
+    kinds = ("within", "above", "below", "not comparable")
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
+    return [f"Against the published numbers and their tolerance: {listed} (summary.json, 'expected')."]

@@ -26,17 +26,13 @@ def new_visual(layers: int) -> torch.nn.Module:
                              no_ln_pre=True, pool_type="tok", output_dim=DIM)  # fmt: skip
 
 
-def embed(visual: torch.nn.Module, images: torch.Tensor, keep: float = 1.0) -> torch.Tensor:
-    """Tokens [B, 1 + kept, D] of normalised images [B, 3, H, W]; a random part of the patches where keep < 1."""
+def embed(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, 1 + P, D] of normalised images [B, 3, H, W] as they enter the first block."""
     weight = visual.conv1.weight
     patch = weight.shape[-1]
     batch, _, high, wide = images.shape
     cells = images.view(batch, 3, high // patch, patch, wide // patch, patch).permute(0, 2, 4, 1, 3, 5).flatten(3)
     tokens = F.linear(cells.flatten(1, 2), weight.flatten(1)) + visual.positional_embedding[1:]
-    if keep < 1:
-        count = max(1, round(keep * tokens.shape[1]))
-        chosen = torch.rand(batch, tokens.shape[1], device=tokens.device).argsort(1)[:, :count, None]
-        tokens = tokens.gather(1, chosen.expand(-1, -1, tokens.shape[-1]))
     first = (visual.class_embedding + visual.positional_embedding[0]).to(tokens.dtype)
     return torch.cat([first.expand(batch, 1, -1), tokens], 1)
 
@@ -50,11 +46,3 @@ def block(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     mixed = (q * (width // heads) ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     x = x + layer.attn.out_proj(mixed.transpose(1, 2).reshape(batch, count, width))
     return x + layer.mlp(layer.ln_2(x))
-
-
-def forward(visual: torch.nn.Module, images: torch.Tensor, keep: float = 1.0) -> torch.Tensor:
-    """Joint features [B, DIM], not normalised: what `visual(images)` gives where keep is 1."""
-    x = embed(visual, images, keep)
-    for layer in visual.transformer.resblocks:
-        x = block(layer, x)
-    return visual.ln_post(x[:, 0]) @ visual.proj

@@ -59,7 +59,8 @@ class DPCStyle(IVLP):
     the target of rows and columns. As released, images of one class are each other's negatives.
 
     Evaluation is decoupled, with the released weight 0 for new classes: :meth:`for_classes` gives the frozen model for
-    lists without any training class. Towers without blocks get text prompts only.
+    lists without any training class, and runs score it so. CAPT on top of it corrects the tuned image features among
+    all classes. Towers without blocks get text prompts only.
 
     Source: the trainer released with CAPT, whose lineage is DPC on PromptKD; without its projector and its second set
     of prompts, and with zero-shot CLIP as the model before tuning.

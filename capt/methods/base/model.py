@@ -99,6 +99,10 @@ class BaseModel(nn.Module):
         """Unit-norm class texts [C, d] of any class names; with gradients to what is trained."""
         return self.backbone.class_text_features(class_names)
 
+    def for_classes(self, class_names: Sequence[str]) -> BaseModel:
+        """The model that judges images among these classes: itself, unless new classes are left to another."""
+        return self
+
     def extra_logits(self, features: Tensor, class_names: Sequence[str]) -> Tensor | None:
         """Logits [B, C] that are added to the scaled cosines, such as a cache's; None: nothing.
 

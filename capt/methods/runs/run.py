@@ -23,6 +23,7 @@ from torch import Tensor
 import capt
 from capt.data import DataSet, ImageSet, batches, few_shot, load_few_shot, save_few_shot
 from capt.errors import DamagedFileError, DataError
+from capt.evaluation.expected import judge_run
 from capt.evaluation.protocols import aggregate_seeds, confusion_changes
 from capt.files import read_json, save_tensors, write_bytes, write_json
 from capt.methods.base.model import BaseConfig
@@ -34,6 +35,7 @@ from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.pair_texts import PairTextChoice
 from capt.methods.runs.protocol import Protocol, Target, make_protocol
 from capt.methods.runs.seeds import SeedModels, SeedTrainer, clear_folder, load_seed, positions_of, row_name
+from capt.methods.runs.unlabelled import beyond_shots, refuse_transductive
 from capt.training import TokenStore, TrainingOptions
 
 if TYPE_CHECKING:
@@ -58,12 +60,17 @@ class Run:
                 model alone.
             options: shots, seeds, base model, rivals.
             base_config: settings of the base model; default: its own.
+
+        Raises:
+            CaptError: ``transductive`` where no image of a new class could be learned from.
         """
         self.protocol, self.backbone, self.options = protocol, backbone, options or RunOptions()
         self.variants = dict(config) if isinstance(config, Mapping) else {"capt": config or CAPTConfig()}
         self.base_config = base_config
         self.progress = progress or (lambda what, done, total: None)
         self.pair_texts = PairTextChoice(self.options.pair_text_files, protocol)
+        if self.options.transductive:
+            refuse_transductive(protocol, self.options, self.variants)
 
     # ---- training -----------------------------------------------------------------------------------
 
@@ -122,7 +129,7 @@ class Run:
                     "config": None if self.base_config is None else asdict(self.base_config),
                 },
                 "pair_texts": self.pair_texts.record(),
-                "transductive": self.options.transductive,
+                **beyond_shots(self.protocol, self.options, self.variants),
                 "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
                 "classes": self.protocol.class_lists(),
                 "data": self.protocol.data.record(),
@@ -214,13 +221,15 @@ class Run:
             methods[row] = aggregate_seeds(per_seed)
         first, target = next(iter(predictions.values())), self.protocol.targets[0]
         record = read_json(out / "run.json")
-        return {
+        summary = {
             "schema": _SCHEMA,
             "protocol": self.protocol.name,
             "metrics": list(self.protocol.metrics),
             "dataset": self.protocol.data.name,
             "model": self.backbone.name,
+            "pretrained": record.get("opened_with", {}).get("pretrained"),
             "base_model": any_models.base.kind,
+            "transductive": record.get("transductive", False),
             "shots": self.options.shots,
             "seeds": list(models),
             "n_classes": {name: len(classes) for name, classes in self.protocol.class_lists().items()},
@@ -234,6 +243,9 @@ class Run:
             "versions": record["versions"],
             "hashes": {**record["hashes"], "data": self.protocol.data.fingerprint()},
         }
+        # Published data sets are judged by the published numbers.
+        expected = judge_run(summary)
+        return summary if expected is None else {**summary, "expected": expected}
 
     def _write_pairs(self, path: Path, found: Mapping[str, Tensor], rows: list[str]) -> None:
         """Every confused pair of the first target: what zero-shot got wrong, and what is left under each method."""
@@ -256,6 +268,7 @@ class _Scorer:
         self.models, self.backbone, self.names = models, run.backbone, target.classes
         self.trained = target.classes == run.protocol.classes
         self.base = models.base
+        self.judge = self.base.for_classes(target.classes)
         with torch.inference_mode(False), torch.no_grad():
             self.zero_shot_text = run.backbone.class_text_features(target.classes)
             self.text = self.base.class_text_features(target.classes).detach()
@@ -283,7 +296,7 @@ class _Scorer:
         extra, base_logits = base.extra_logits(raw, self.names), base.logits(raw, self.names, self.text)
         found = {"zero_shot": zero_shot_logits(plain, self.zero_shot_text, self.backbone.logit_scale)}
         if base.kind != "zero-shot":
-            found[row_name(base.kind)] = base_logits
+            found[row_name(base.kind)] = base_logits if self.judge is base else self.judge(pixels, self.names)
         for name, adapter in models.adapters.items():
             cosines = base.logit_scale * adapter(raw) @ self.text.T
             found[name] = cosines if extra is None else cosines + extra

@@ -25,6 +25,7 @@ from capt.methods.capt_config import CAPTConfig
 from capt.methods.runs.options import Progress, RunOptions
 from capt.methods.runs.protocol import Protocol
 from capt.methods.runs.rivals import Adapter, fit_rivals, load_rivals
+from capt.methods.runs.unlabelled import unlabelled_images
 from capt.methods.runs.views import Views, rows_of
 from capt.modules import PairPrompts
 from capt.training import TokenStore, TrainingOptions, train
@@ -138,7 +139,7 @@ class SeedTrainer:
             torch.manual_seed(seed)
             images, names, labels = self.shots[seed], self.protocol.classes, None
             if not type_.uses_labels:
-                images, names = self._unlabelled()
+                images, names = unlabelled_images(self.protocol, self.options)
                 labels = torch.full((len(images),), -1)
             base = make_base(kind, self.backbone, names, config).to(self.device)
             if labels is None:
@@ -166,14 +167,6 @@ class SeedTrainer:
                 generator=torch.Generator().manual_seed(seed), progress=after,
             )  # fmt: skip
             return base.finish()
-
-    def _unlabelled(self) -> tuple[ImageSet, tuple[str, ...]]:
-        """All training images of the trained classes; with ``transductive`` those of the other classes, too."""
-        trained, others = self.protocol.train, self.protocol.unlabelled
-        if not self.options.transductive or others is None:
-            return trained, self.protocol.classes
-        everything = self.protocol.data.train
-        return everything, (*self.protocol.classes, *others.classes)
 
     def _stored_base(self, run: Path, seed: int) -> BaseModel:
         folder = run / f"seed-{seed}"
@@ -258,16 +251,15 @@ class SeedTrainer:
         images: ImageSet, text: Tensor,
     ) -> ConfusionBank:  # fmt: skip
         """Mistakes on the training images of f0, or of the model that ``bank_source`` names."""
-        source, classes = base, self.protocol.classes
+        classes, own = self.protocol.classes, config.bank_source in ("own", base.kind)
+        source = base if own else self.base(config.bank_source, seed)
         with torch.no_grad():
-            if config.bank_source in ("own", base.kind):
+            if own:
                 logits = base.logits(raw, classes, text)
             else:
-                source = self.base(config.bank_source, seed)
-                store = self._store(
-                    ("inputs", config.bank_source, source.uses_labels), "encoding for the bank", self.union,
-                    source.inputs, None,
-                )  # fmt: skip
+                # As for a base model with labels, whose inputs are those of the union, too.
+                key = ("inputs", config.bank_source, True)
+                store = self._store(key, "encoding for the bank", self.union, source.inputs, None)
                 parts = positions_of(self.union, images.ids).split(CHUNK)
                 other = torch.cat([source.features(store(part)) for part in parts])
                 logits = source.logits(other, classes)
