@@ -29,7 +29,7 @@ from capt.methods.runs.rivals import Adapter, fit_rivals, load_rivals
 from capt.methods.runs.unlabelled import unlabelled_images
 from capt.methods.runs.views import Views, rows_of
 from capt.modules import PairPrompts
-from capt.training import TokenStore, TrainingOptions, train
+from capt.training import TokenStore, train
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
