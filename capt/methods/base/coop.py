@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CoOpConfig(BaseConfig):
-    """Settings of :class:`CoOp`; those of its training are the published ones for 16 shots.
+    """Settings of :class:`CoOp`; training as published, with 50 epochs instead of 200.
 
     Attributes:
         n_ctx: learned tokens; 4 start as "a photo of a", 16 (published, too) at random.
