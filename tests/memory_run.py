@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 
 from capt.data import DataSet, ImageSet
 from capt.files import read_json
+from capt.methods.base.registry import base_type
 from capt.methods.capt_config import CAPTConfig
 from capt.methods.runs import Run, RunOptions, few_shot_all
 from capt.training import TrainingOptions
@@ -45,7 +45,8 @@ def main() -> None:
     model, data = backbone("vit"), many_classes(n_classes)
     model.class_text_features(["warm up"])
     model.image_features(torch.zeros(1, 3, *model.image_hw))
-    run = Run(few_shot_all(data), model, replace(config), options)
+    kind = base_type(base).config_type
+    run = Run(few_shot_all(data), model, config, options, base_config=kind(views=0, training=quick))
     before = peak()
     run.evaluate(folder, run.fit(folder))
     print(sum(read_json(f"{folder}/run.json")["announced_memory"].values()), peak() - before)
