@@ -274,7 +274,7 @@ def test_a_half_without_test_images_is_refused_before_training():
 
 def test_an_earlier_run_in_the_same_folder_leaves_no_trace(tmp_path):
     (tmp_path / "seed-7").mkdir()
-    (tmp_path / "seed-7" / "state.json").write_text("{}")
+    (tmp_path / "seed-7" / "few_shot.json").write_text("{}")
     trained_models("vit", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("seed-*")) == ["seed-0", "seed-1"]
 

@@ -24,7 +24,8 @@ HEADINGS = {"Apache-2.0": "Apache License 2.0", "MIT": "MIT License", "CC-BY-4.0
 
 def test_the_set_is_small_enough_to_ship_and_has_no_stray_files() -> None:
     present = {path.name for path in EMOJI.iterdir()}
-    assert present == {"index.json", "ATTRIBUTION.md", *(f"{name}.tar" for name in VENDORS)}
+    texts = {"pair_texts_base.json", "pair_texts_novel.json"}
+    assert present == {"index.json", "ATTRIBUTION.md", *texts, *(f"{name}.tar" for name in VENDORS)}
     assert sum(path.stat().st_size for path in EMOJI.iterdir()) <= 20_000_000
 
 

@@ -172,6 +172,10 @@ class TipAdapter(BaseModel):
         labels, keys = found.get("key_labels", torch.empty(0)), found.get("keys", torch.empty(0, self.dim))
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DamagedFileError(f"'{path}': expected key_labels, int64 [N]; fit the model again")
+        if keys.ndim != 2:
+            raise DamagedFileError(
+                f"'{path}': expected keys, float [N, d], found {list(keys.shape)}; fit the model again"
+            )
         # As wide as the features that were cached: those of a student live in its teacher's space.
         self._fill(torch.empty(len(labels), *keys.shape[1:]), torch.empty_like(labels))
         super().restore(folder, record)
