@@ -108,6 +108,10 @@ class FeatureMapTower(TokenTower):
             return torch.cat([self._features(part) for part in images.split(CPU_BATCH)])
         return self._features(images)
 
+    def run_stages(self, images: Tensor) -> tuple[Tensor, list[TokenGrid]]:
+        """Tokens of :meth:`run` and the maps of :meth:`stages`, shallow to deep, in one pass where the trunk can."""
+        return self.run(images), self.stages(images)
+
     def _tokens(self, feature_map: Tensor) -> Tensor:
         return feature_map.flatten(2).transpose(1, 2).contiguous()  # [B, C, H, W] -> [B, H*W, C]
 
@@ -146,6 +150,16 @@ class OpenClipResNet(FeatureMapTower):
     def project(self, tokens: Tensor) -> Tensor:
         """Attention pooling: [B, H*W, D] to [B, d]."""
         return self.visual.attnpool(self._map(tokens))
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """Values of the attention pool, projected: what it gives if all weight lies on one token. [B, L, d]."""
+        pool = self.visual.attnpool
+        return pool.c_proj(pool.v_proj(tokens))
+
+    def run_stages(self, images: Tensor) -> tuple[Tensor, list[TokenGrid]]:
+        """Tokens of :meth:`run` and the maps of :meth:`stages` in one pass: the deepest map is the tokens."""
+        maps = self.stages(images)
+        return maps[-1].tokens, maps
 
     def stages(self, images: Tensor, depths: Sequence[int] | None = None) -> list[TokenGrid]:
         """Maps after ``layer1`` to ``layer4``; ``depths`` picks some of 1 to 4."""

@@ -22,7 +22,7 @@ from capt.backbones.base import (
     check_images,
     pair,
 )
-from capt.backbones.towers_open_clip import FeatureMapTower
+from capt.backbones.towers_open_clip import CPU_BATCH, FeatureMapTower
 
 
 class TimmBlock(TokenBlock):
@@ -133,6 +133,31 @@ class TimmFeatures(FeatureMapTower):
         elif self.layout == "NCHW":
             features = self._map(tokens)
         return self.visual.head(self.visual.trunk.forward_head(features))
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """Every token pooled as a map of its own: [B, L, C] to [B, L, d]."""
+        if self.layout == "NLC":
+            return super().project_tokens(tokens)
+        alone = tokens.flatten(0, 1)
+        alone = alone[:, None, None] if self.layout == "NHWC" else alone[:, :, None, None]
+        return self.visual.head(self.visual.trunk.forward_head(alone)).unflatten(0, tokens.shape[:2])
+
+    def run_stages(self, images: Tensor) -> tuple[Tensor, list[TokenGrid]]:
+        """Tokens of :meth:`run` and the maps of :meth:`stages`; one pass for trunks that work on [B, C, H, W]."""
+        check_images(images, self.image_hw)
+        trunk = self.visual.trunk
+        if self.layout != "NCHW" or not hasattr(trunk, "forward_intermediates"):
+            return super().run_stages(images)
+        if images.device.type == "cpu" and len(images) > CPU_BATCH:
+            parts = [self.run_stages(part) for part in images.split(CPU_BATCH)]
+            joined = [
+                TokenGrid(level[0].name, torch.cat([one.tokens for one in level]), level[0].grid)
+                for level in zip(*(maps for _, maps in parts), strict=True)
+            ]
+            return torch.cat([tokens for tokens, _ in parts]), joined
+        final, maps = trunk.forward_intermediates(images, output_fmt="NCHW")
+        found = [TokenGrid(f"stage{i + 1}", self._tokens(x), pair(x.shape[2:])) for i, x in enumerate(maps)]
+        return self._tokens(final), found
 
     def stages(self, images: Tensor, depths: Sequence[int] | None = None) -> list[TokenGrid]:
         """Maps of the trunk's stages, shallow to deep; ``depths`` counts stages from 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,30 @@ class PromptedTower(TokenTower):
 # ---- texts -----------------------------------------------------------------------------------------------
 
 
+def in_chunks(encode: Callable[..., Tensor], n: int, chunk: int, *learned: Tensor | None) -> Tensor:
+    """Unit-norm features float32 [n, d] of n texts, encoded ``chunk`` at a time.
+
+    With gradients no more than one chunk's activations exist at a time: each chunk is computed again on the way back,
+    which ``backward()`` can do and ``torch.autograd.grad`` cannot.
+
+    Args:
+        encode: (slice of the texts, *learned) -> un-normalised features [n', d].
+        learned: every tensor that needs a gradient.
+    """
+    again = torch.is_grad_enabled() and n > chunk  # what computing again needs at once is a single chunk's activations
+    features = []
+    for first in range(0, n, chunk):
+        rows = slice(first, first + chunk)
+        # Re-entrant, because that way leaves no graph behind: thousands of small nodes between the freed activations
+        # would keep the C library from using that memory for the next chunk.
+        features.append(
+            checkpoint(encode, rows, *learned, use_reentrant=True, preserve_rng_state=False)
+            if again
+            else encode(rows, *learned)
+        )
+    return F.normalize(torch.cat(features).float(), dim=-1)
+
+
 class TextPrompts(nn.Module):
     """Learned context in front of any class names: ``[SOS] [context] [class name . EOS]``.
 
@@ -161,7 +185,7 @@ class TextPrompts(nn.Module):
                 f"CLIP, but this text tower is {type(tower).__name__}; use depth 1"
             )
         self.chunk = chunk
-        self.start = _start(backbone)
+        self.start = first_token(backbone)
         self.context = nn.Parameter(self._first_words(backbone, n_ctx))
         depth = min(depth, max(len(tower.blocks), 1))
         deep = DEVIATION * torch.randn(depth - 1, n_ctx, tower.width, device=device)
@@ -202,20 +226,10 @@ class TextPrompts(nn.Module):
         if not names:
             return torch.empty(0, backbone.dim, device=backbone.device)
         tokens, ends = self._tokens(backbone, names)
-        # The activations of a single chunk are what computing it again would need at once.
-        again = torch.is_grad_enabled() and len(names) > self.chunk
-        features = []
-        for first in range(0, len(names), self.chunk):
-            chunk = slice(first, first + self.chunk)
-            part = self.context, self.deep, backbone, tokens[chunk], ends[chunk]
-            # Re-entrant, because that way leaves no graph behind: thousands of small nodes between the freed
-            # activations would keep the C library from using that memory for the next chunk.
-            features.append(
-                checkpoint(self._pass, *part, use_reentrant=True, preserve_rng_state=False)
-                if again
-                else self._pass(*part)
-            )
-        return F.normalize(torch.cat(features).float(), dim=-1)
+        return in_chunks(
+            lambda rows, context, deep: self._pass(context, deep, backbone, tokens[rows], ends[rows]),
+            len(names), self.chunk, self.context, self.deep,
+        )  # fmt: skip
 
     def _pass(
         self, context: Tensor, deep: Tensor | None, backbone: Backbone, tokens: Tensor, ends: list[int]
@@ -251,8 +265,8 @@ class TextPrompts(nn.Module):
         return f"n_ctx={len(self.context)}, depth={depth}, chunk={self.chunk}"
 
 
-def _start(backbone: Backbone) -> int:
-    """Tokens in front of every text: 1 with a start token, else 0."""
+def first_token(backbone: Backbone) -> int:
+    """Position of a text's first word: 1 with a start token, else 0."""
     tokens = backbone.tokenize(["a", "photo"])
     return int(tokens[0, 0] == tokens[1, 0])
 

@@ -1,0 +1,198 @@
+"""An image tower's first and last layer maps, and its feature, with bottleneck adapters in between."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capt.backbones.base import TokenGrid, TokenTower
+from capt.backbones.towers_open_clip import FeatureMapTower
+from capt.errors import CaptError
+from capt.modules.bottleneck_adapter import BottleneckAdapter
+
+LARGEST_GRID = 14  # of maps of convolutional stages; larger ones are averaged down
+
+
+class LayerMaps(NamedTuple):
+    """What is seen of a batch of images.
+
+    Attributes:
+        feature: [B, d], un-normalised.
+        low: [B, L, W], maps of the first layers side by side; None where there are none.
+        high: [B, L', W'], maps of the last layers.
+    """
+
+    feature: Tensor
+    low: Tensor | None
+    high: Tensor | None
+
+
+class LayerTap(nn.Module):
+    """Reads :class:`LayerMaps` from a frozen tower.
+
+    Attributes:
+        low_width, high_width: W and W', 0 without maps.
+    """
+
+    low_width: int
+    high_width: int
+
+    @abstractmethod
+    def inputs(self, images: Tensor) -> Tensor:
+        """What :meth:`forward` takes, of transformed images [B, 3, H, W]: frozen, so it may be cached."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> LayerMaps:
+        """Maps with gradients to the adapters."""
+
+
+class BlockTap(LayerTap):
+    """A tower of transformer blocks: two adapters a block, beside attention and beside feed-forward.
+
+    A map is all tokens after a block, prefix included, each through the frozen final norm and projection.
+
+    Source: MSCI's published code.
+    """
+
+    def __init__(
+        self, tower: TokenTower, n_low: int, n_high: int, *, adapter_width: int = 64, adapter_dropout: float = 0.1
+    ) -> None:
+        """``adapter_width`` 0: no adapters."""
+        super().__init__()
+        self.tower, n = tower, len(tower.blocks)
+        self.low_depths, self.high_depths = range(1, n_low + 1), range(n - n_high + 1, n + 1)
+        self.low_width, self.high_width = n_low * tower.dim, n_high * tower.dim
+        self.adapters = nn.ModuleList(
+            BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout)
+            for _ in range(2 * n if adapter_width else 0)
+        )
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Tokens that enter block 0, [B, L, D]."""
+        with torch.no_grad():
+            return self.tower.embed(images)
+
+    def forward(self, inputs: Tensor) -> LayerMaps:
+        """Maps of tokens [B, L, D]."""
+        x, maps = inputs, {}
+        for index, block in enumerate(self.tower.blocks):
+            for half, part in enumerate((block.attend, block.feed_forward)):
+                x = part(x) + self.adapters[2 * index + half](x) if self.adapters else part(x)
+            if index + 1 in self.low_depths or index + 1 in self.high_depths:
+                maps[index + 1] = self.tower.project_tokens(x)
+        low, high = ([maps[depth] for depth in depths] for depths in (self.low_depths, self.high_depths))
+        return LayerMaps(self.tower.project(x), _side_by_side(low), _side_by_side(high))
+
+
+class PyramidTap(LayerTap):
+    """A tower whose layers are convolutional stages: maps of the first and last of them, one adapter after the last.
+
+    The maps of a group are averaged down to the coarsest grid among them, at most 14 x 14; in place of the deepest
+    stage stand the final tokens, each through the frozen projection. All before the adapter is frozen, so
+    :meth:`inputs` holds final tokens and maps in one row an image.
+
+    Source: ours (MSCI knows vision transformers only).
+    """
+
+    def __init__(
+        self, tower: FeatureMapTower, n_low: int, n_high: int, *, adapter_width: int = 64, adapter_dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        device = next(tower.visual.parameters()).device
+        with torch.no_grad():
+            tokens, stages = tower.run_stages(torch.zeros(1, 3, *tower.image_hw, device=device))
+        groups = stages[:n_low], stages[len(stages) - n_high : -1] if n_high else []
+        self.grids = _common_grid(groups[0]), _common_grid([*groups[1], TokenGrid("final", tokens, tower.grid)])
+        self.counts = len(groups[0]), len(groups[1])
+        widths = [sum(stage.tokens.shape[2] for stage in group) for group in groups]
+        self.low_width, self.high_width = widths[0], widths[1] + tower.dim if n_high else 0
+        maps = (torch.Size((math.prod(grid), width)) for grid, width in zip(self.grids, widths, strict=True))
+        self._shapes = [tokens.shape[1:], *maps]
+        self.adapter = (
+            BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout) if adapter_width else None
+        )
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Final tokens and stage maps, [B, all of their numbers]."""
+        with torch.no_grad():
+            tokens, stages = self.tower.run_stages(images)
+            n_low, n_high = self.counts
+            low, high = stages[:n_low], stages[len(stages) - 1 - n_high : -1] if n_high else []
+            maps = [
+                torch.cat([_pooled(stage, grid) for stage in group], dim=-1).flatten(1) if group else tokens[:, :0, 0]
+                for group, grid in zip((low, high), self.grids, strict=True)
+            ]
+            return torch.cat([tokens.flatten(1), *maps], dim=1)
+
+    def forward(self, inputs: Tensor) -> LayerMaps:
+        """Maps of :meth:`inputs`."""
+        parts = inputs.split([math.prod(shape) for shape in self._shapes], dim=1)
+        tokens, low, high = (part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
+        if self.adapter is not None:
+            tokens = tokens + self.adapter(tokens)
+        final = _pooled(TokenGrid("final", self.tower.project_tokens(tokens), self.tower.grid), self.grids[1])
+        return LayerMaps(
+            self.tower.project(tokens),
+            low if self.low_width else None,
+            torch.cat([high, final], dim=-1) if self.high_width else None,
+        )
+
+
+def tap(
+    tower: TokenTower, n_low: int | None = None, n_high: int | None = None, *, adapter_width: int = 64,
+    adapter_dropout: float = 0.1,
+) -> LayerTap:  # fmt: skip
+    """The tap that fits a tower.
+
+    Args:
+        n_low, n_high: layers of each group; default: 3, or half of the tower's depth where that is less.
+
+    Raises:
+        CaptError: the groups overlap, or the tower is not as deep.
+    """
+    pyramid = isinstance(tower, FeatureMapTower)
+    depth = len(tower.blocks) or len(_stages(tower))
+    low, high = (min(3, depth // 2) if n is None else n for n in (n_low, n_high))
+    if low < 0 or high < 0 or low + high > depth:
+        raise CaptError(
+            f"layer maps: n_low={low} and n_high={high} need {low + high} different layers, but this image tower "
+            f"({type(tower).__name__}) has {depth} {'stages' if pyramid else 'blocks'}; use less"
+        )
+    options = {"adapter_width": adapter_width, "adapter_dropout": adapter_dropout}
+    if isinstance(tower, FeatureMapTower):
+        return PyramidTap(tower, low, high, **options)  # type: ignore[arg-type]
+    return BlockTap(tower, low, high, **options)  # type: ignore[arg-type]
+
+
+def _stages(tower: TokenTower) -> list[TokenGrid]:
+    assert isinstance(tower, FeatureMapTower)
+    device = next(tower.visual.parameters()).device
+    with torch.no_grad():
+        return tower.stages(torch.zeros(1, 3, *tower.image_hw, device=device))
+
+
+def _common_grid(stages: Sequence[TokenGrid]) -> tuple[int, int]:
+    """The coarsest grid, at most ``LARGEST_GRID`` a side; (0, 0) for no stage."""
+    if not stages:
+        return 0, 0
+    height, width = (min(min(stage.grid[side] for stage in stages), LARGEST_GRID) for side in (0, 1))
+    return height, width
+
+
+def _pooled(stage: TokenGrid, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, L, C] of a stage averaged down to ``grid``."""
+    if stage.grid == grid:
+        return stage.tokens
+    maps = stage.tokens.transpose(1, 2).unflatten(2, stage.grid)
+    return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
+
+
+def _side_by_side(maps: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat(list(maps), dim=-1) if maps else None
