@@ -1,21 +1,24 @@
 """Labelled images from every common layout, in a fixed order, with ids that stay.
 
-``load`` opens a data set, ``few_shot`` and ``base_novel`` choose from it, ``batches`` feeds it to a model.
+``load`` opens a data set, ``load_compositional`` one whose images show (state, object) pairs; ``few_shot`` and
+``base_novel`` choose from it, ``batches`` feeds it to a model.
 """
 
 from __future__ import annotations
 
 from capt.data.batches import Batch, Batches, batches
 from capt.data.check import CheckReport, check
+from capt.data.compositional import CompositionalSet
 from capt.data.few_shot import base_novel, few_shot, hold_out, load_few_shot, save_few_shot
 from capt.data.image_set import DataSet, ImageSet
-from capt.data.loading import load
+from capt.data.loading import load, load_compositional
 from capt.data.pair_texts import PairTexts, load_pair_texts, save_pair_texts, validate_pair_texts
 
 __all__ = [
     "Batch",
     "Batches",
     "CheckReport",
+    "CompositionalSet",
     "DataSet",
     "ImageSet",
     "PairTexts",
@@ -25,6 +28,7 @@ __all__ = [
     "few_shot",
     "hold_out",
     "load",
+    "load_compositional",
     "load_few_shot",
     "load_pair_texts",
     "save_few_shot",

@@ -1,17 +1,19 @@
-"""One function that opens every format."""
+"""One function that opens every format, and one that opens every compositional format."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from capt.data.compositional import CompositionalSet
 from capt.data.few_shot import hold_out
 from capt.data.image_set import DataSet
 from capt.data.readers.coop import read_coop
 from capt.data.readers.emoji import read_emoji
 from capt.data.readers.folder import read_folder
+from capt.data.readers.pair_table import read_pair_table
 from capt.data.readers.shards import read_shards
 from capt.data.readers.table import read_table
 from capt.errors import DataError
@@ -21,6 +23,8 @@ _FORMS = (
     "'emoji' (the shipped set), a folder with one sub-folder per class, a .csv, .tsv or .jsonl list, "
     "'coop:<data set>' with root=, or WebDataset shards (a pattern or list of .tar files)"
 )
+_COMPOSITIONAL_FORMS = "a .csv, .tsv or .jsonl list with the columns path, state, object and split"
+_Read = TypeVar("_Read", DataSet, CompositionalSet)
 
 
 def load(
@@ -77,11 +81,32 @@ def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, opti
     raise DataError(f"'{text}': no such folder or file. A data set is {_FORMS}")
 
 
-def _call(reader: Any, spec: str, *arguments: Any, **options: Any) -> DataSet:
+def load_compositional(
+    spec: str | Path | CompositionalSet, root: str | Path | None = None, **options: Any
+) -> CompositionalSet:
+    """Open a compositional data set.
+
+    Args:
+        spec: a ``.csv``, ``.tsv`` or ``.jsonl`` list of images with their state, object and split
+            (:func:`read_pair_table`); a CompositionalSet is returned as it is.
+        root: for a list of images the folder its paths start from.
+        options: passed to the reader; see its documentation.
+
+    Raises:
+        DataError: nothing can be opened, or the data set is not usable; says what and what to do.
+    """
+    if isinstance(spec, CompositionalSet):
+        return spec
+    text = str(spec)
+    if text.lower().endswith(_TABLES):
+        return _call(read_pair_table, text, text, root=root, **options)
+    raise DataError(f"'{text}': no compositional data set. One is {_COMPOSITIONAL_FORMS}")
+
+
+def _call(reader: Callable[..., _Read], spec: str, *arguments: Any, **options: Any) -> _Read:
     known = inspect.signature(reader).parameters
     for option in options:
         if option not in known:
             names = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
-            raise DataError(f"'{spec}': unknown option {option!r}; this format takes {', '.join(names)}, test_fraction")
-    data: DataSet = reader(*arguments, **options)
-    return data
+            raise DataError(f"'{spec}': unknown option {option!r}; this format takes {', '.join(names)}")
+    return reader(*arguments, **options)

@@ -1,4 +1,7 @@
-"""Lists of images: CSV or TSV with the columns ``path,label[,split]``, or JSONL with these keys."""
+"""Lists of images: CSV or TSV with the columns ``path,label[,split]``, or JSONL with these keys.
+
+``read_rows`` serves every list of images, whatever its label columns are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,16 @@ from capt.data.sources import FolderSource
 from capt.errors import DataError
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-_NEEDED = ("path", "label")
 
-Row = tuple[int, str, str | int, str]  # line, path, label, split
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a list: line, path as a safe relative path, what its label columns say, split ("" if not given)."""
+
+    line: int
+    path: str
+    labels: tuple[str | int, ...]
+    split: str
 
 
 def read_table(
@@ -47,34 +58,52 @@ def read_table(
     """
     file = Path(file)
     folder = file.parent if root is None else Path(root)
+    rows = read_rows(file, ("label",), folder=folder, check_files=check_files)
+    classes, labels = _labels(rows, class_names, file)
+    listed: dict[str, list[tuple[str, int]]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        listed.setdefault(row.split or "train", []).append((row.path, label))
+    meta: dict[str, Any] = {"format": "table", "file": file.name}
+    source = FolderSource(folder, follow_links=follow_links)
+    return build(name or file.stem, classes, listed, source, root=folder, meta=meta)
+
+
+def read_rows(file: Path, columns: Sequence[str], *, folder: Path, check_files: bool = True) -> list[Row]:
+    """The rows of a list of images, checked: at least one, no image twice, every image inside ``folder``.
+
+    Args:
+        file: UTF-8 ``.csv``, ``.tsv``, ``.jsonl`` or ``.ndjson``.
+        columns: names of the label columns, which every row must have beside ``path``.
+        folder: folder the paths are relative to.
+        check_files: make sure now that every image file exists.
+
+    Raises:
+        DataError: names the line and what is wrong with it.
+    """
     try:
         text = _decode(file)
     except OSError as error:
         raise DataError(f"'{file}': cannot be read ({error.strerror})") from error
-    rows = list(_json_rows(text, file) if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(text, file))
+    parse = _json_rows if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
+    rows = list(parse(text, file, columns))
     if not rows:
         raise DataError(f"'{file}': found no row after the header; expected one per image")
-    classes, labels = _labels(rows, class_names, file)
-    listed: dict[str, list[tuple[str, int]]] = {}
     line_of: dict[str, int] = {}
-    missing: list[tuple[int, str]] = []
-    for (line, given, _, split), label in zip(rows, labels, strict=True):
-        path = safe_relative(given, f"'{file}', line {line}")
-        if path in line_of:
-            raise DataError(f"'{file}', line {line}: {path!r} is already listed in line {line_of[path]}; remove one")
-        line_of[path] = line
-        if check_files and not (folder / path).is_file():
-            missing.append((line, path))
-        listed.setdefault(split, []).append((path, label))
+    missing: list[Row] = []
+    for row in rows:
+        if row.path in line_of:
+            raise DataError(
+                f"'{file}', line {row.line}: {row.path!r} is already listed in line {line_of[row.path]}; remove one"
+            )
+        line_of[row.path] = row.line
+        if check_files and not (folder / row.path).is_file():
+            missing.append(row)
     if missing:
-        line, path = missing[0]
         raise DataError(
-            f"'{file}', line {line}: no file {path!r} in '{folder}' ({len(missing)} of {len(rows)} rows have none); "
-            "correct the paths or pass root="
+            f"'{file}', line {missing[0].line}: no file {missing[0].path!r} in '{folder}' ({len(missing)} of "
+            f"{len(rows)} rows have none); correct the paths or pass root="
         )
-    meta: dict[str, Any] = {"format": "table", "file": file.name}
-    source = FolderSource(folder, follow_links=follow_links)
-    return build(name or file.stem, classes, listed, source, root=folder, meta=meta)
+    return rows
 
 
 def _decode(file: Path) -> str:
@@ -90,7 +119,7 @@ def _decode(file: Path) -> str:
     return text
 
 
-def _csv_rows(text: str, file: Path) -> Iterator[Row]:
+def _csv_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -99,7 +128,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
             if not fields:
                 continue
             if header is None:
-                header = _header([field.strip().lower() for field in fields], file)
+                header = _header([field.strip().lower() for field in fields], file, columns)
                 continue
             where = f"'{file}', line {reader.line_num}"
             if len(fields) != len(header):
@@ -108,25 +137,30 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
                     f"{delimiter!r} in it needs double quotes"
                 )
             row = dict(zip(header, fields, strict=True))
-            yield reader.line_num, row["path"], row["label"], _split(row.get("split"), where)
+            labels = tuple(row[column] for column in columns)
+            yield Row(reader.line_num, safe_relative(row["path"], where), labels, _split(row.get("split"), where))
     except csv.Error as error:
         raise DataError(f"'{file}', line {reader.line_num}: not valid CSV ({error})") from error
     if header is None:
-        raise DataError(f"'{file}': the file is empty; expected the header path,label[,split]")
+        raise DataError(f"'{file}': the file is empty; expected the header {_usage(columns)}")
 
 
-def _header(names: list[str], file: Path) -> list[str]:
+def _usage(columns: Sequence[str]) -> str:
+    return f"path,{','.join(columns)}[,split]"
+
+
+def _header(names: list[str], file: Path, columns: Sequence[str]) -> list[str]:
     shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    for needed in _NEEDED:
+    for needed in ("path", *columns):
         if needed not in names:
-            raise DataError(f"'{file}', line 1: no column {needed!r}; found {shown}; expected path,label[,split]")
-    twice = next((name for name in (*_NEEDED, "split") if names.count(name) > 1), None)
+            raise DataError(f"'{file}', line 1: no column {needed!r}; found {shown}; expected {_usage(columns)}")
+    twice = next((name for name in ("path", *columns, "split") if names.count(name) > 1), None)
     if twice:
         raise DataError(f"'{file}', line 1: the column {twice!r} is there twice; remove one")
     return names
 
 
-def _json_rows(text: str, file: Path) -> Iterator[Row]:
+def _json_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
     # Not splitlines(): class names may hold U+2028 and its like, which JSON does not count as line ends.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -138,15 +172,15 @@ def _json_rows(text: str, file: Path) -> Iterator[Row]:
             raise DataError(f"{where}: expected one JSON object per line ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        for needed in _NEEDED:
+        for needed in ("path", *columns):
             if needed not in row:
-                raise DataError(f"{where}: no key {needed!r}; expected path, label and, if wanted, split")
-        path, label, split = row["path"], row["label"], row.get("split")
-        if not isinstance(path, str) or isinstance(label, bool) or not isinstance(label, (str, int)):
-            raise DataError(f"{where}: expected a path (text) and a label (text or whole number)")
+                raise DataError(f"{where}: no key {needed!r}; expected the keys {_usage(columns)}")
+        path, labels, split = row["path"], tuple(row[column] for column in columns), row.get("split")
+        if not isinstance(path, str) or not all(type(label) in (str, int) for label in labels):
+            raise DataError(f"{where}: expected a path (text) and a {', a '.join(columns)} (text or whole number)")
         if split is not None and not isinstance(split, str):
             raise DataError(f"{where}: expected a split (text), found {split!r}")
-        yield line, path, label, _split(split, where)
+        yield Row(line, safe_relative(path, where), labels, _split(split, where))
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,7 +192,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _split(text: str | None, where: str) -> str:
     if text is None:
-        return "train"
+        return ""
     split = _SPLITS.get(text.strip().lower())
     if split is None:
         raise DataError(f"{where}: the split {text!r} is none of train, val, test")
@@ -166,21 +200,21 @@ def _split(text: str | None, where: str) -> str:
 
 
 def _labels(rows: list[Row], class_names: Sequence[str] | None, file: Path) -> tuple[tuple[str, ...], list[int]]:
-    texts = [label.strip() if isinstance(label, str) else str(label) for _, _, label, _ in rows]
+    texts = [str(row.labels[0]).strip() for row in rows]
     if class_names is None:
-        for (line, *_), text in zip(rows, texts, strict=True):
+        for row, text in zip(rows, texts, strict=True):
             if not text:
-                raise DataError(f"'{file}', line {line}: the label is empty")
+                raise DataError(f"'{file}', line {row.line}: the label is empty")
         # Twins that differ in Unicode form only are two spellings of two entries: class_list refuses them.
         class_names = sorted(set(texts), key=natural_key)
     classes = class_list(class_names, f"'{file}'")
     place = {class_key(text): number for number, text in enumerate(classes)}
     labels = []
-    for (line, _, given, _), text in zip(rows, texts, strict=True):
-        number = place.get(class_key(text))
+    for row, text in zip(rows, texts, strict=True):
+        number, given = place.get(class_key(text)), row.labels[0]
         if number is None and (isinstance(given, int) or (text.isascii() and text.isdigit())) and len(text) < 10:
             number = int(text) if 0 <= int(text) < len(classes) else None
         if number is None:
-            raise DataError(f"'{file}', line {line}: the label {given!r} is none of the {len(classes)} classes")
+            raise DataError(f"'{file}', line {row.line}: the label {given!r} is none of the {len(classes)} classes")
         labels.append(number)
     return classes, labels
