@@ -124,7 +124,8 @@ class TokenTower(ABC):
         """Every token through final norm and projection as if it alone were pooled: [B, L, D] to [B, L, d]."""
         # As many copies as the tower has prefix tokens, and one patch: whichever of them is pooled, it is this token.
         alone = tokens.flatten(0, 1)[:, None].expand(-1, self.n_prefix + 1, -1)
-        return self.project(alone).unflatten(0, tokens.shape[:2])
+        projected: Tensor = self.project(alone).unflatten(0, tokens.shape[:2])
+        return projected
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to the tokens that enter block 0, [B, n_prefix+H*W, D].

@@ -96,6 +96,7 @@ class OpenClipViT(TokenTower):
 class FeatureMapTower(TokenTower):
     """A tower whose tokens are its final feature map, flattened row by row."""
 
+    visual: Any
     channels_last = False
 
     @abstractmethod

@@ -27,4 +27,5 @@ class BottleneckAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What is to be added to x [..., dim]."""
         hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
-        return self.scale * self.up(hidden)
+        raised: Tensor = self.up(hidden)
+        return self.scale * raised

@@ -119,8 +119,8 @@ def _name_embeddings(backbone: Backbone, names: Sequence[str]) -> Tensor:
     """Mean token embedding [N, W] of the word pieces of each name."""
     tokens = backbone.tokenize(names)
     start, ends = first_token(backbone), backbone.text_tower.eot_index(tokens)
-    table = [backbone.embed_text(row[None, start:end])[0].float().mean(0) for row, end in zip(tokens, ends, strict=True)]
-    return torch.stack(table).detach()
+    pieces = (row[None, start : int(end)] for row, end in zip(tokens, ends, strict=True))
+    return torch.stack([backbone.embed_text(piece)[0].float().mean(0) for piece in pieces]).detach()
 
 
 def _branch(backbone: Backbone, n_places: int) -> _Branch:

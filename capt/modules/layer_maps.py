@@ -115,9 +115,7 @@ class PyramidTap(LayerTap):
         self.low_width, self.high_width = widths[0], widths[1] + tower.dim if n_high else 0
         maps = (torch.Size((math.prod(grid), width)) for grid, width in zip(self.grids, widths, strict=True))
         self._shapes = [tokens.shape[1:], *maps]
-        self.adapter = (
-            BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout) if adapter_width else None
-        )
+        self.adapter = BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout) if adapter_width else None
 
     def inputs(self, images: Tensor) -> Tensor:
         """Final tokens and stage maps, [B, all of their numbers]."""

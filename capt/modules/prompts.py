@@ -226,10 +226,11 @@ class TextPrompts(nn.Module):
         if not names:
             return torch.empty(0, backbone.dim, device=backbone.device)
         tokens, ends = self._tokens(backbone, names)
-        return in_chunks(
-            lambda rows, context, deep: self._pass(context, deep, backbone, tokens[rows], ends[rows]),
-            len(names), self.chunk, self.context, self.deep,
-        )  # fmt: skip
+
+        def encode(rows: slice, context: Tensor, deep: Tensor | None) -> Tensor:
+            return self._pass(context, deep, backbone, tokens[rows], ends[rows])
+
+        return in_chunks(encode, len(names), self.chunk, self.context, self.deep)
 
     def _pass(
         self, context: Tensor, deep: Tensor | None, backbone: Backbone, tokens: Tensor, ends: list[int]

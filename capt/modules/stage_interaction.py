@@ -56,23 +56,35 @@ class CrossAttentionLayer(nn.Module):
 
 
 class StageInteraction(nn.Module):
-    """One stage: cross-attention layers from prompts to one normalised token map.
+    """One stage: aggregation of layer maps, and cross-attention layers from prompts to the normalised result.
 
     Source: MSCI, local (low-level map) and global (high-level map) feature interaction; one layer a stage as published.
     """
 
     def __init__(
-        self, dim: int, *, n_heads: int = 8, n_layers: int = 1, mlp_ratio: float = 4.0, dropout: float = 0.1
-    ) -> None:
-        """``mlp_ratio``: hidden width of the feed-forward part over ``dim``."""
+        self, dim: int, *, aggregate: nn.Module | None = None, n_heads: int = 8, n_layers: int = 1,
+        mlp_ratio: float = 4.0, dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        """Create the stage.
+
+        Args:
+            aggregate: makes one map [B, L, d] of what :meth:`keys` is given; None takes it as it is.
+            mlp_ratio: hidden width of the feed-forward part over ``dim``.
+        """
         super().__init__()
+        self.aggregate = aggregate or nn.Identity()
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(CrossAttentionLayer(dim, n_heads, mlp_ratio, dropout) for _ in range(n_layers))
 
-    def keys(self, tokens: Tensor) -> list[Keys]:
-        """Keys and values of every layer for the map [B, L, d] of each image: once for any number of prompts."""
-        normed = self.norm(tokens)
-        return [layer.keys(normed) for layer in self.layers]
+    def keys(self, maps: Tensor) -> list[Keys]:
+        """Keys and values of every layer for the maps [B, L, W] of each image: once for any number of prompts."""
+        normed = self.norm(self.aggregate(maps))
+        return [self._layer(index).keys(normed) for index in range(len(self.layers))]
+
+    def _layer(self, index: int) -> CrossAttentionLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, CrossAttentionLayer)
+        return layer
 
     def forward(self, query: Tensor, keys: Sequence[Keys]) -> Tensor:
         """Prompts [R, d] or [B, R, d] and :meth:`keys` -> [B, R, d]."""

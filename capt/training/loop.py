@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,13 @@ class TrainingOptions:
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step.
-        optimizer: ``adamw`` or ``sgd`` (momentum 0.9).
-        lr: peak learning rate; cosine to 0 over all steps.
-        weight_decay: decoupled for adamw, L2 for sgd.
+        optimizer: ``adamw``, ``sgd`` (momentum 0.9), ``adam``, or ``adamw_raw_eps`` (epsilon 1e-6 added before the
+            bias correction, decay of the updated value; MSCI's code for UT-Zappos).
+        lr: peak learning rate.
+        schedule: ``cosine`` to 0 over all steps, or ``halving`` it every ``halving_epochs`` epochs.
+        halving_epochs: see ``schedule``.
+        weight_decay: decoupled for both forms of adamw, L2 for sgd and adam.
+        decay_all: decay every parameter; by default matrices alone.
         warmup_epochs: linear warm-up from 0.
         clip_norm: global gradient norm; 0 switches clipping off.
         amp: run the whole forward pass, losses included, under bfloat16 autocast.
@@ -36,9 +40,12 @@ class TrainingOptions:
 
     epochs: int = 20
     batch_size: int = 32
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adam", "adamw_raw_eps"] = "adamw"
     lr: float = 1e-3
+    schedule: Literal["cosine", "halving"] = "cosine"
+    halving_epochs: int = 5
     weight_decay: float = 0.05
+    decay_all: bool = False
     warmup_epochs: float = 1.0
     clip_norm: float = 1.0
     amp: bool = False
@@ -86,15 +93,15 @@ def train(
     device = trained[0].device
     # Decay belongs to matrices; gains, biases and scalar gates keep their meaning without it.
     groups = [
-        {"params": [p for p in group if (p.ndim >= 2) == matrices], "weight_decay": decay, "lr": options.lr * scale}
+        {
+            "params": [p for p in group if (options.decay_all or p.ndim >= 2) == matrices],
+            "weight_decay": decay,
+            "lr": options.lr * scale,
+        }
         for scale, group in scaled.items()
         for matrices, decay in ((True, options.weight_decay), (False, 0.0))
     ]
-    optimizer: torch.optim.Optimizer
-    if options.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=options.lr)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
+    optimizer = _optimizer(groups, options)
     batch_size = min(options.batch_size, n_samples)
     steps_per_epoch = math.ceil(n_samples / batch_size)
     total = steps_per_epoch * options.epochs
@@ -103,6 +110,8 @@ def train(
     def rate(index: int) -> float:
         if index < warmup and options.warmup_epochs > 0:
             return (index + 1) / warmup
+        if options.schedule == "halving":
+            return float(0.5 ** (index // steps_per_epoch // options.halving_epochs))
         return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(total - warmup, 1)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -140,6 +149,46 @@ def train(
             if progress is not None:
                 progress(epoch + 1, options.epochs, means["loss"])
     return history
+
+
+def _optimizer(groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adamw_raw_eps": RawEpsAdamW,
+    }  # fmt: skip
+    return kinds[options.optimizer](groups, lr=options.lr)
+
+
+class RawEpsAdamW(torch.optim.Optimizer):
+    """AdamW with ``p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, then ``p -= lr * decay * p``.
+
+    Source: what MSCI's published code trains UT-Zappos with; torch's AdamW adds eps to the corrected root.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["step"] += 1
+                state["mean"].lerp_(p.grad, 1 - b1)
+                state["square"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                rate = lr * math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"])
+                p.addcdiv_(state["mean"], state["square"].sqrt().add_(group["eps"]), value=-rate)
+                p.mul_(1 - lr * group["weight_decay"])
 
 
 def _refuse_bad(first_bad: Mapping[str, float], epoch: int, lr: float) -> None:

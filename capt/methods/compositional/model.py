@@ -1,0 +1,206 @@
+"""What every compositional model offers, and the simplest of them: zero-shot CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capt.errors import CaptError, DamagedFileError
+from capt.files import load_tensors, save_tensors, write_json
+from capt.training.loop import TrainingOptions
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+
+_SCHEMA = 1
+Profile = Literal["clean", "released"]
+
+
+@dataclass(frozen=True)
+class CompositionalConfig:
+    """Settings that all compositional models have.
+
+    Attributes:
+        views: augmented views a training image, beside the plain one; all are encoded once and kept.
+        text_chunk: prompts encoded together; bounds the memory of the text side.
+        pair_chunk: pairs that meet a batch of images at a time; bounds the memory of scoring.
+        score_weights: of the pair logits, the state probabilities and the object probabilities in the score.
+        training: optimiser, schedule, batch size.
+    """
+
+    views: int = 0
+    text_chunk: int = 256
+    pair_chunk: int = 512
+    score_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("text_chunk", "pair_chunk"):
+            if getattr(self, name) < 1:
+                raise CaptError(f"{name}: expected at least 1, found {getattr(self, name)}")
+
+
+class PairTexts(NamedTuple):
+    """Unit-norm prompts: pairs [K, d]; states [n_states, d] and objects [n_objects, d], None without such branches."""
+
+    pair: Tensor
+    state: Tensor | None = None
+    object: Tensor | None = None
+
+
+class View(NamedTuple):
+    """What a model keeps of a batch of images while pairs are scored.
+
+    Attributes:
+        pair, state, object: unit-norm image vectors [B, d], one a branch; None without that branch.
+        keys: whatever further prompts are compared with.
+    """
+
+    pair: Tensor
+    state: Tensor | None = None
+    object: Tensor | None = None
+    keys: Any = None
+
+
+class CompositionalModel(nn.Module):
+    """A CLIP model, tuned or not, seen as: texts of pairs, a view of images, logits of each against each.
+
+    Attributes:
+        kind: name of the model in commands and records.
+        backbone: the wrapped, frozen CLIP.
+        states, objects: names of the primitives.
+        train_pairs: int64 [K, 2] (state, object), the pairs that training sees, in label order.
+        config: its settings.
+    """
+
+    kind: ClassVar[str] = ""
+    config_type: ClassVar[type[CompositionalConfig]] = CompositionalConfig
+    train_pairs: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        states: Sequence[str],
+        objects: Sequence[str],
+        train_pairs: Tensor,
+        config: CompositionalConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.states, self.objects = tuple(states), tuple(objects)
+        self.register_buffer("train_pairs", train_pairs.to(backbone.device), persistent=False)
+        self.config = config or self.config_type()
+
+    # ---- the model -----------------------------------------------------------------------------------
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """What :meth:`look` takes, of transformed images float [B, 3, H, W]: frozen, so it may be cached."""
+        with torch.no_grad():
+            return self.backbone.image_features(images)
+
+    def look(self, inputs: Tensor) -> View:
+        """The image side of :meth:`inputs`, with gradients to what is trained."""
+        return View(F.normalize(inputs.float(), dim=-1))
+
+    def texts(self, pairs: Tensor) -> PairTexts:
+        """Prompts of pairs int64 [K, 2] and of all primitives, with gradients to what is trained."""
+        raise NotImplementedError
+
+    def branch_logits(self, view: View, vector: Tensor, texts: Tensor) -> Tensor:
+        """Scaled cosines [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
+        return self.backbone.logit_scale * vector @ texts.T
+
+    def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of a batch; ``loss`` is minimised, the others are its parts.
+
+        Args:
+            labels: int64 [B], positions in ``train_pairs``.
+            generator: CPU generator of whatever is drawn.
+        """
+        raise NotImplementedError
+
+    # ---- scores --------------------------------------------------------------------------------------
+
+    def primitives(self, view: View, texts: PairTexts) -> tuple[Tensor, Tensor] | None:
+        """Weighted state and object factors [B, n_states] and [B, n_objects] whose product is added to a pair's score.
+
+        ``(w_a p_state)(w_b p_object)`` with the softmax of each branch's logits; a weight of 0 makes its factor 1.
+        None: nothing is added.
+        """
+        _, *weights = self.config.score_weights
+        branches = (view.state, texts.state), (view.object, texts.object)
+        if not any(weights) or any(part is None for branch in branches for part in branch):
+            return None
+        factors = []
+        for weight, (vector, prompts) in zip(weights, branches, strict=True):
+            assert vector is not None and prompts is not None
+            logits = self.branch_logits(view, vector, prompts)
+            factors.append(weight * logits.float().softmax(-1) if weight else torch.ones_like(logits))
+        return factors[0], factors[1]
+
+    def pair_scores(self, view: View, texts: PairTexts) -> Iterator[tuple[int, Tensor]]:
+        """(first pair, weighted pair logits float32 [B, k]) of ``pair_chunk`` pairs at a time."""
+        weight = self.config.score_weights[0]
+        for start in range(0, len(texts.pair), self.config.pair_chunk):
+            prompts = texts.pair[start : start + self.config.pair_chunk]
+            yield start, weight * self.branch_logits(view, view.pair, prompts).float()
+
+    # ---- training and storage ------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that learn, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def train(self, mode: bool = True) -> CompositionalModel:
+        """Training mode of the trained parts; the backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learned, by name: everything but the frozen backbone."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``state.json`` and ``model.safetensors`` into ``folder``."""
+        folder, state = Path(folder), self.state()
+        record: dict[str, Any] = {
+            "schema": _SCHEMA, "method": self.kind, "config": asdict(self.config), "states": list(self.states),
+            "objects": list(self.objects), "train_pairs": self.train_pairs.tolist(),
+            "backbone": self.backbone.fingerprint(),
+        }  # fmt: skip
+        if state:
+            record["sha256"] = save_tensors(folder / "model.safetensors", state)
+        write_json(folder / "state.json", record)
+
+    def restore(self, folder: Path, record: dict[str, Any]) -> None:
+        """Read what :meth:`save` wrote into this freshly made model.
+
+        Raises:
+            DamagedFileError: the tensors were changed or are not this model's.
+        """
+        tensors = load_tensors(folder / "model.safetensors", record["sha256"]) if "sha256" in record else {}
+        own = self.state()
+        if tensors.keys() != own.keys() or any(tensors[name].shape != value.shape for name, value in own.items()):
+            raise DamagedFileError(
+                f"'{folder / 'model.safetensors'}': its tensors are not those of a '{self.kind}' model with the "
+                "recorded configuration; fit it again"
+            )
+        self.load_state_dict(tensors, strict=False)
+
+
+class ZeroShotPairs(CompositionalModel):
+    """The backbone as it is, with a prompt ensemble of ``{state} {object}``. Nothing learns."""
+
+    kind = "zero-shot"
+
+    def texts(self, pairs: Tensor) -> PairTexts:
+        """Class texts of pairs int64 [K, 2]; ``_`` in a name counts as a space."""
+        names = [f"{self.states[state]} {self.objects[object_]}".replace("_", " ") for state, object_ in pairs.tolist()]
+        return PairTexts(self.backbone.class_text_features(names))

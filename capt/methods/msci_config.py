@@ -1,0 +1,70 @@
+"""Settings of MSCI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from capt.errors import CaptError
+from capt.methods.compositional.model import CompositionalConfig, Profile
+from capt.modules.stage_interaction import Fusion
+from capt.training.loop import TrainingOptions
+
+Stages = Literal["serial", "parallel", "low", "high", "none"]
+
+
+@dataclass(frozen=True)
+class MSCIConfig(CompositionalConfig):
+    """Settings of :class:`capt.methods.msci.MSCI`.
+
+    Attributes:
+        profile: ``released`` repeats what the published code does where it is odd (docs/fidelity.md): after the first
+            validation dropout stays off and statistics stay frozen, primitive probabilities are divided by the number
+            of text chunks, infeasible pairs score 0.
+        n_low, n_high: layers of the low-level and the high-level map; default: 3, at most half of the tower.
+        stages: ``serial``: the high-level stage reads what the low-level stage gave; ``parallel``: both read the
+            prompts; ``low`` and ``high``: one stage alone; ``none``: no interaction.
+        fusion: ``static`` lambdas as released, or the ``dynamic`` gate that the paper describes.
+        fusion_init: lambdas at the start.
+        n_heads: of the stages; default: 64 numbers a head.
+        stage_layers, stage_mlp, stage_dropout: cross-attention layers a stage, hidden width of their feed-forward
+            part over the joint width, and dropout.
+        adapter_width, adapter_dropout: of the bottleneck adapters in the image tower; width 0: none.
+        prompt_dropout: of the primitives' embeddings.
+        aggregator_dropout, disentangler_dropout: as published.
+        loss_weights: of the pair, state and object cross-entropies.
+        pairs_per_step: training pairs that a step compares with: those of its images and others at random; 0: all.
+    """
+
+    profile: Profile = "clean"
+    n_low: int | None = None
+    n_high: int | None = None
+    stages: Stages = "serial"
+    fusion: Fusion = "static"
+    fusion_init: float = 0.1
+    n_heads: int | None = None
+    stage_layers: int = 1
+    stage_mlp: float = 4.0
+    stage_dropout: float = 0.1
+    adapter_width: int = 64
+    adapter_dropout: float = 0.1
+    prompt_dropout: float = 0.3
+    aggregator_dropout: float = 0.1
+    disentangler_dropout: float = 0.5
+    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    pairs_per_step: int = 0
+    training: TrainingOptions = field(
+        default_factory=lambda: TrainingOptions(
+            epochs=20, batch_size=64, optimizer="adam", lr=1e-4, weight_decay=1e-5, schedule="halving",
+            warmup_epochs=0.0, clip_norm=0.0, decay_all=True,
+        )
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs_per_step < 0:
+            raise CaptError(f"pairs_per_step: expected 0 (all) or more, found {self.pairs_per_step}")
+        if not any(self.loss_weights) or min(self.loss_weights) < 0:
+            raise CaptError(
+                f"loss_weights: expected three weights >= 0, not all of them 0, found {list(self.loss_weights)}"
+            )
