@@ -132,7 +132,7 @@ class PyramidTap(LayerTap):
     def forward(self, inputs: Tensor) -> LayerMaps:
         """Maps of :meth:`inputs`."""
         parts = inputs.split([math.prod(shape) for shape in self._shapes], dim=1)
-        tokens, low, high = (part.reshape(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
+        tokens, low, high = (part.reshape(len(inputs), *shape) for part, shape in zip(parts, self._shapes, strict=True))
         if self.adapter is not None:
             tokens = tokens + self.adapter(tokens)
         final = _pooled(TokenGrid("final", self.tower.project_tokens(tokens), self.tower.grid), self.grids[1])
