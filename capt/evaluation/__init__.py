@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from capt.evaluation.compositional import BestPairs, FrontierMeter, PairCounts, ThresholdSearch
+from capt.evaluation.feasibility import feasibility, feasibility_thresholds
 from capt.evaluation.metrics import (
     ConfusionCounts,
     accuracy,
@@ -11,15 +13,25 @@ from capt.evaluation.metrics import (
     mean_std,
     top_confused_pairs,
 )
+from capt.evaluation.pair_scores import PrimitiveFactors, pair_scores, primitive_factors, released_copies
+from capt.evaluation.pair_space import PairSpace
 from capt.evaluation.protocols import (
     aggregate_seeds,
     base_to_novel_metrics,
     base_to_novel_table,
     confusion_changes,
 )
+from capt.evaluation.seen_unseen_curve import SeenUnseenCurve
 
 __all__ = [
+    "BestPairs",
     "ConfusionCounts",
+    "FrontierMeter",
+    "PairCounts",
+    "PairSpace",
+    "PrimitiveFactors",
+    "SeenUnseenCurve",
+    "ThresholdSearch",
     "accuracy",
     "aggregate_seeds",
     "base_to_novel_metrics",
@@ -27,7 +39,12 @@ __all__ = [
     "confusion_changes",
     "confusion_counts",
     "correction_metrics",
+    "feasibility",
+    "feasibility_thresholds",
     "harmonic_mean",
     "mean_std",
+    "pair_scores",
+    "primitive_factors",
+    "released_copies",
     "top_confused_pairs",
 ]
