@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,8 +19,6 @@ from capt.modules.stage_interaction import Keys, StageFusion, StageInteraction
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
-
-RELEASED_CHUNK = 1024  # pairs that the published evaluation encodes at a time
 
 
 class StageKeys(NamedTuple):
@@ -80,6 +77,11 @@ class MSCI(CompositionalModel):
 
     # ---- images --------------------------------------------------------------------------------------
 
+    @property
+    def input_kind(self) -> Hashable:
+        """Where the maps are read."""
+        return self.tap.input_kind
+
     def inputs(self, images: Tensor) -> Tensor:
         """Frozen inputs of the image side: tokens of a transformer, final tokens and stage maps of other towers."""
         return self.tap.inputs(images.to(self.backbone.device, self.backbone.dtype))
@@ -132,17 +134,6 @@ class MSCI(CompositionalModel):
         cosines: Tensor = (fused * vector[:, None]).sum(-1) / fused.norm(dim=-1).clamp_min(1e-12)
         return self.backbone.logit_scale * cosines
 
-    def primitives(self, view: View, texts: PairTexts) -> tuple[Tensor, Tensor] | None:
-        """See the base class. ``released``: each factor divided by the number of chunks of the published evaluation,
-        which encodes the primitives anew with every chunk of pairs and takes one softmax over all copies."""
-        factors = super().primitives(view, texts)
-        if factors is None or self.config.profile == "clean":
-            return factors
-        copies = math.ceil(len(texts.pair) / RELEASED_CHUNK)
-        weights = self.config.score_weights[1:]
-        state, object_ = (f / copies if weight else f for f, weight in zip(factors, weights, strict=True))
-        return state, object_
-
     # ---- training ------------------------------------------------------------------------------------
 
     def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -151,7 +142,7 @@ class MSCI(CompositionalModel):
         chosen, targets = self._candidates(labels, generator)
         texts = self.texts(self.train_pairs[chosen])
         # One pass of all rows: the branches share stages and keys.
-        branches = [part for part in texts if part is not None]
+        branches = [part for part in texts[:3] if part is not None]
         seen = self.interact(torch.cat(branches), view.keys).split([len(part) for part in branches], dim=1)
         vectors = [vector for vector in view[:3] if vector is not None]
         answers = targets, self.train_pairs[labels, 0], self.train_pairs[labels, 1]

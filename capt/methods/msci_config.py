@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from capt.errors import CaptError
-from capt.methods.compositional.model import CompositionalConfig, Profile
+from capt.methods.compositional.model import CompositionalConfig
 from capt.modules.stage_interaction import Fusion
 from capt.training.loop import TrainingOptions
 
@@ -18,9 +18,6 @@ class MSCIConfig(CompositionalConfig):
     """Settings of :class:`capt.methods.msci.MSCI`.
 
     Attributes:
-        profile: ``released`` repeats what the published code does where it is odd (docs/fidelity.md): after the first
-            validation dropout stays off and statistics stay frozen, primitive probabilities are divided by the number
-            of text chunks, infeasible pairs score 0.
         n_low, n_high: layers of the low-level and the high-level map; default: 3, at most half of the tower.
         stages: ``serial``: the high-level stage reads what the low-level stage gave; ``parallel``: both read the
             prompts; ``low`` and ``high``: one stage alone; ``none``: no interaction.
@@ -36,7 +33,6 @@ class MSCIConfig(CompositionalConfig):
         pairs_per_step: training pairs that a step compares with: those of its images and others at random; 0: all.
     """
 
-    profile: Profile = "clean"
     n_low: int | None = None
     n_high: int | None = None
     stages: Stages = "serial"
@@ -62,6 +58,9 @@ class MSCIConfig(CompositionalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("n_low", "n_high"):
+            if (n := getattr(self, name)) is not None and n < 1:
+                raise CaptError(f"{name}: expected at least 1, found {n}; leave a stage out with 'stages'")
         if self.pairs_per_step < 0:
             raise CaptError(f"pairs_per_step: expected 0 (all) or more, found {self.pairs_per_step}")
         if not any(self.loss_weights) or min(self.loss_weights) < 0:

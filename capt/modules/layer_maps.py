@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,10 +38,12 @@ class LayerTap(nn.Module):
 
     Attributes:
         low_width, high_width: W and W', 0 without maps.
+        input_kind: equal for taps of one tower whose :meth:`inputs` are equal.
     """
 
     low_width: int
     high_width: int
+    input_kind: Hashable
 
     @abstractmethod
     def inputs(self, images: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class BlockTap(LayerTap):
     ) -> None:
         """``adapter_width`` 0: no adapters."""
         super().__init__()
-        self.tower, n = tower, len(tower.blocks)
+        self.tower, n, self.input_kind = tower, len(tower.blocks), "tokens"
         self.low_depths, self.high_depths = range(1, n_low + 1), range(n - n_high + 1, n + 1)
         self.low_width, self.high_width = n_low * tower.dim, n_high * tower.dim
         self.adapters = nn.ModuleList(
@@ -104,7 +106,7 @@ class PyramidTap(LayerTap):
         self, tower: FeatureMapTower, n_low: int, n_high: int, *, adapter_width: int = 64, adapter_dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.tower = tower
+        self.tower, self.input_kind = tower, ("stages", n_low, n_high)
         device = next(tower.visual.parameters()).device
         with torch.no_grad():
             tokens, stages = tower.run_stages(torch.zeros(1, 3, *tower.image_hw, device=device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capt.errors import CaptError, DamagedFileError
+from capt.evaluation import PrimitiveFactors, primitive_factors, released_copies
 from capt.files import load_tensors, save_tensors, write_json
 from capt.training.loop import TrainingOptions
 
@@ -27,6 +28,9 @@ class CompositionalConfig:
     """Settings that all compositional models have.
 
     Attributes:
+        profile: ``released`` repeats what the published code does where it is odd (docs/fidelity.md): dropout and batch
+            statistics stay off after the first validation, primitive probabilities are divided by the number of text
+            chunks, infeasible pairs score 0.
         views: augmented views a training image, beside the plain one; all are encoded once and kept.
         text_chunk: prompts encoded together; bounds the memory of the text side.
         pair_chunk: pairs that meet a batch of images at a time; bounds the memory of scoring.
@@ -34,6 +38,7 @@ class CompositionalConfig:
         training: optimiser, schedule, batch size.
     """
 
+    profile: Profile = "clean"
     views: int = 0
     text_chunk: int = 256
     pair_chunk: int = 512
@@ -47,11 +52,15 @@ class CompositionalConfig:
 
 
 class PairTexts(NamedTuple):
-    """Unit-norm prompts: pairs [K, d]; states [n_states, d] and objects [n_objects, d], None without such branches."""
+    """Unit-norm prompts: pairs [K, d]; states [n_states, d] and objects [n_objects, d], None without such branches.
+
+    ``world``: pairs of the world that these were cut from; 0: as many as they are.
+    """
 
     pair: Tensor
     state: Tensor | None = None
     object: Tensor | None = None
+    world: int = 0
 
 
 class View(NamedTuple):
@@ -99,6 +108,11 @@ class CompositionalModel(nn.Module):
 
     # ---- the model -----------------------------------------------------------------------------------
 
+    @property
+    def input_kind(self) -> Hashable:
+        """Models of one backbone with equal kinds have equal :meth:`inputs`, and may share a cache of them."""
+        return "feature"
+
     def inputs(self, images: Tensor) -> Tensor:
         """What :meth:`look` takes, of transformed images float [B, 3, H, W]: frozen, so it may be cached."""
         with torch.no_grad():
@@ -127,22 +141,18 @@ class CompositionalModel(nn.Module):
 
     # ---- scores --------------------------------------------------------------------------------------
 
-    def primitives(self, view: View, texts: PairTexts) -> tuple[Tensor, Tensor] | None:
-        """Weighted state and object factors [B, n_states] and [B, n_objects] whose product is added to a pair's score.
-
-        ``(w_a p_state)(w_b p_object)`` with the softmax of each branch's logits; a weight of 0 makes its factor 1.
-        None: nothing is added.
-        """
-        _, *weights = self.config.score_weights
-        branches = (view.state, texts.state), (view.object, texts.object)
-        if not any(weights) or any(part is None for branch in branches for part in branch):
+    def primitives(self, view: View, texts: PairTexts) -> PrimitiveFactors | None:
+        """Factors of the states and of the objects whose product is added to a pair's score; None: nothing is added."""
+        _, state_weight, object_weight = self.config.score_weights
+        if view.state is None or view.object is None or texts.state is None or texts.object is None:
             return None
-        factors = []
-        for weight, (vector, prompts) in zip(weights, branches, strict=True):
-            assert vector is not None and prompts is not None
-            logits = self.branch_logits(view, vector, prompts)
-            factors.append(weight * logits.float().softmax(-1) if weight else torch.ones_like(logits))
-        return factors[0], factors[1]
+        return primitive_factors(
+            self.branch_logits(view, view.state, texts.state),
+            self.branch_logits(view, view.object, texts.object),
+            state_weight=state_weight,
+            object_weight=object_weight,
+            copies=released_copies(texts.world or len(texts.pair)) if self.config.profile == "released" else 1,
+        )
 
     def pair_scores(self, view: View, texts: PairTexts) -> Iterator[tuple[int, Tensor]]:
         """(first pair, weighted pair logits float32 [B, k]) of ``pair_chunk`` pairs at a time."""

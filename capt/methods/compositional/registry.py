@@ -1,0 +1,58 @@
+"""Compositional models by name and by their settings, and models from folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from capt.errors import CaptError, DamagedFileError
+from capt.files import read_json
+from capt.methods.compositional.csp import CSP
+from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, ZeroShotPairs
+from capt.methods.msci import MSCI
+from capt.training.loop import TrainingOptions
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+
+MODELS: dict[str, type[CompositionalModel]] = {kind.kind: kind for kind in (ZeroShotPairs, CSP, MSCI)}
+
+
+def model_type(config: CompositionalConfig) -> type[CompositionalModel]:
+    """The model that these are the settings of."""
+    return next(kind for kind in MODELS.values() if kind.config_type is type(config))
+
+
+def config_from_dict(kind: str, values: Mapping[str, Any]) -> CompositionalConfig:
+    """Settings as a record holds them: tuples have become lists, the training options a mapping."""
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return MODELS[kind].config_type(**{**plain, "training": TrainingOptions(**values["training"])})
+
+
+def load_model(folder: str | Path, backbone: Backbone) -> CompositionalModel:
+    """The model that :meth:`CompositionalModel.save` wrote, in evaluation mode.
+
+    Raises:
+        DataError: there is none.
+        DamagedFileError: a file was changed, or is of another format.
+        CaptError: ``backbone`` is not the one it was trained on.
+    """
+    folder = Path(folder)
+    record = read_json(folder / "state.json")
+    if not isinstance(record, dict) or record.get("schema") != 1 or record.get("method") not in MODELS:
+        raise DamagedFileError(f"'{folder / 'state.json'}': not a compositional model of schema 1; fit it again")
+    if record["backbone"] != backbone.fingerprint():
+        raise CaptError(
+            f"'{folder}': trained on another backbone (fingerprint {record['backbone'][:16]}..., this one has "
+            f"{backbone.fingerprint()[:16]}...); give the same --model and --pretrained as in run.json"
+        )
+    kind = record["method"]
+    model = MODELS[kind](
+        backbone, record["states"], record["objects"], torch.tensor(record["train_pairs"]).reshape(-1, 2),
+        config_from_dict(kind, record["config"]),
+    )  # fmt: skip
+    model.restore(folder, record)
+    return model.eval()

@@ -1,0 +1,289 @@
+"""A run: train every seed with the test split locked, then open it once, in the closed and in the open world.
+
+A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``summary.json`` (metrics), and
+a ``seed-S/MODEL`` folder each with the trained model, its logs and ``best_pairs.safetensors``: the best seen and unseen
+pair of every test image, from which all metrics and figures follow.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+import capt
+from capt.data.lock import TestLock, lock_test
+from capt.errors import CaptError, DataError
+from capt.evaluation import BestPairs, FrontierMeter, PairSpace, feasibility_thresholds
+from capt.evaluation.protocols import aggregate_seeds
+from capt.files import read_json, save_tensors, write_json
+from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, PairTexts, Profile
+from capt.methods.compositional.registry import config_from_dict, load_model, model_type
+from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, open_world, rows, score
+from capt.methods.compositional.training import InputCache, fit_model, make_model
+from capt.methods.runs.options import Progress
+from capt.methods.runs.seeds import row_name
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+    from capt.data import CompositionalSet
+
+_SCHEMA = 1
+World = Literal["closed", "open"]
+METRICS = ("best_seen", "best_unseen", "best_hm", "auc")
+
+
+@dataclass(frozen=True)
+class CompositionalOptions:
+    """What a run does beside the methods themselves.
+
+    Attributes:
+        seeds: one model each.
+        worlds: ``closed``: candidates are the training pairs and those of the split; ``open``: every state with every
+            object.
+        threshold: feasibility below which an unseen pair of the open world is dropped; default: the best of
+            ``n_thresholds`` on validation images, for each model.
+        n_thresholds: evenly spaced values that are tried; 0: nothing is dropped.
+        token_memory: bytes of frozen inputs to keep for each split; above it they are computed again when needed.
+    """
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    worlds: tuple[World, ...] = ("closed", "open")
+    threshold: float | None = None
+    n_thresholds: int = 50
+    token_memory: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise CaptError(f"seeds must be distinct and at least one, found {list(self.seeds)}")
+        if not self.worlds or not set(self.worlds) <= {"closed", "open"} or len(set(self.worlds)) != len(self.worlds):
+            raise CaptError(f"worlds: expected 'closed', 'open' or both, found {list(self.worlds)}")
+        if self.n_thresholds < 0:
+            raise CaptError(f"n_thresholds: expected 0 or more, found {self.n_thresholds}")
+
+
+class CompositionalRun:
+    """One data set, one backbone, several seeds; models by row name, and zero-shot CLIP beside them."""
+
+    def __init__(
+        self, data: CompositionalSet, backbone: Backbone, models: Mapping[str, CompositionalConfig],
+        options: CompositionalOptions | None = None, *, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare; no image is opened yet. ``models``: settings by row name."""
+        if row_name("zero-shot") in models or not models:
+            raise CaptError(f"models: expected at least one, none called 'zero_shot', found {list(models)}")
+        self.lock = TestLock()
+        self.data = replace(data, data=lock_test(data.data, self.lock))
+        self.backbone, self.models, self.options = backbone, dict(models), options or CompositionalOptions()
+        self.progress = progress or (lambda what, done, total: None)
+        self.cache = InputCache(backbone, self.options.token_memory, self.progress)
+
+    # ---- training ------------------------------------------------------------------------------------
+
+    def fit(self, out: str | Path, **record: Any) -> dict[int, dict[str, CompositionalModel]]:
+        """Train every model of every seed and write its folder; the test split stays shut.
+
+        ``record``: further entries of ``run.json``, such as how the backbone was opened.
+        """
+        out, started = Path(out), time.perf_counter()
+        self._record(out, record)
+        trained: dict[int, dict[str, CompositionalModel]] = {}
+        for seed in self.options.seeds:
+            trained[seed] = {}
+            for name, config in self.models.items():
+                folder = out / f"seed-{seed}" / name
+                model = fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
+                model.save(folder)
+                trained[seed][name] = model
+        self._update(out, training_seconds=round(time.perf_counter() - started, 1))
+        return trained
+
+    def _record(self, out: Path, further: Mapping[str, Any]) -> None:
+        (out / "summary.json").unlink(missing_ok=True)
+        write_json(
+            out / "run.json",
+            {
+                "schema": _SCHEMA,
+                "method": "compositional",
+                "protocol": "compositional",
+                "models": {name: {"kind": model_type(c).kind, **asdict(c)} for name, c in self.models.items()},
+                "options": asdict(self.options),
+                "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
+                "data": self.data.record(),
+                "versions": {"capt": capt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                "hashes": {"backbone": self.backbone.fingerprint(), "data": self.data.fingerprint()},
+                "test_opened": 0,
+                **further,
+            },
+        )
+
+    def _update(self, out: Path, **values: Any) -> None:
+        write_json(out / "run.json", {**read_json(out / "run.json"), **values})
+
+    # ---- evaluation ----------------------------------------------------------------------------------
+
+    def evaluate(
+        self, out: str | Path, models: Mapping[int, Mapping[str, CompositionalModel]], *, write: bool = True
+    ) -> dict[str, Any]:
+        """Open the test split and score every model in every world; ``run.json`` counts how often this was done."""
+        out, started = Path(out), time.perf_counter()
+        self._update(out, test_opened=read_json(out / "run.json").get("test_opened", 0) + 1)
+        zero_shot = make_model(CompositionalConfig(), self.data, self.backbone).eval()
+        records: dict[str, dict[str, dict[str, Any]]] = {}
+        with self.lock.opened():
+            alone = self._evaluate_one("zero-shot", zero_shot)
+            for seed, of_seed in models.items():
+                found = {"zero_shot": alone} | {
+                    name: self._evaluate_one(f"seed {seed}: {name}", model) for name, model in of_seed.items()
+                }
+                for name, (metrics, tensors) in found.items():
+                    records.setdefault(name, {})[str(seed)] = metrics
+                    if write:
+                        save_tensors(out / f"seed-{seed}" / name / "best_pairs.safetensors", tensors)
+        summary = self._summarise(out, records)
+        summary["timing"] = {
+            "training_seconds": read_json(out / "run.json").get("training_seconds", 0.0),
+            "evaluation_seconds": round(time.perf_counter() - started, 1),
+        }
+        if write:
+            write_json(out / "summary.json", summary)
+        return summary
+
+    def _evaluate_one(self, what: str, model: CompositionalModel) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of one model, and its best pairs by world."""
+        metrics: dict[str, float] = {}
+        tensors: dict[str, Tensor] = {}
+        for world, best in self._best_pairs(what, model, metrics):
+            metrics |= {f"{world}_{name}": value for name, value in _metrics(best, model.config.profile).items()}
+            tensors |= {f"{world}_{name}": value for name, value in _tensors(best).items()}
+        return metrics, tensors
+
+    def _best_pairs(
+        self, what: str, model: CompositionalModel, metrics: dict[str, float]
+    ) -> Iterator[tuple[World, BestPairs]]:
+        """Best pairs of the test images in each world; thresholds go into ``metrics``. Prompts are encoded once."""
+        closed = closed_world(self.data, "test")
+        whole = open_world(self.data, self.backbone) if "open" in self.options.worlds else closed
+        texts = encode_pairs(model, whole)  # an open world has every pair of the closed one
+        if "closed" in self.options.worlds:
+            own = rows(texts, whole, closed)._replace(world=len(closed))
+            yield "closed", self._score(f"{what}, closed world", model, own, closed, "test").best_pairs()
+        if "open" in self.options.worlds:
+            threshold = self._threshold(what, model, texts, whole)
+            space = whole if threshold is None else whole.pruned(threshold)
+            own = rows(texts, whole, space)
+            best = self._score(f"{what}, open world", model, own, space, "test").best_pairs()
+            if threshold is not None:
+                metrics |= {"open_threshold": threshold, "open_kept": len(space) / len(whole)}
+                if model.config.profile == "released":
+                    best = best.infeasible_at_zero(whole, threshold)
+            yield "open", best
+
+    def _threshold(self, what: str, model: CompositionalModel, texts: PairTexts, whole: PairSpace) -> float | None:
+        if self.options.threshold is not None or not self.options.n_thresholds or whole.seen.all():
+            return self.options.threshold
+        thresholds = feasibility_thresholds(whole, self.options.n_thresholds)
+        meter = self._score(f"{what}, thresholds", model, texts, whole, "val", thresholds)
+        return meter.search(model.config.profile).threshold
+
+    def _score(
+        self, what: str, model: CompositionalModel, texts: PairTexts, space: PairSpace, split: str,
+        thresholds: Tensor | None = None,
+    ) -> FrontierMeter:  # fmt: skip
+        return score(
+            model, texts, space, self.cache(model, self.data.data.splits()[split], split), labels_of(self.data, split),
+            thresholds=thresholds, progress=lambda done, total: self.progress(f"evaluating {what}", done, total),
+        )  # fmt: skip
+
+    def _summarise(self, out: Path, records: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+        record = read_json(out / "run.json")
+        return {
+            "schema": _SCHEMA,
+            "protocol": "compositional",
+            "metrics": [f"{world}_{name}" for world in self.options.worlds for name in METRICS],
+            "dataset": self.data.name,
+            "model": self.backbone.name,
+            "pretrained": record.get("opened_with", {}).get("pretrained"),
+            "seeds": list(self.options.seeds),
+            "sizes": {"states": len(self.data.states), "objects": len(self.data.objects), "pairs": self.data.counts()},
+            "test_opened": record["test_opened"],
+            "methods": {name: aggregate_seeds(per_seed) for name, per_seed in records.items()},
+            "versions": record["versions"],
+            "hashes": record["hashes"],
+        }
+
+
+def _metrics(best: BestPairs, profile: Profile) -> dict[str, float]:
+    """All numbers of one world; the main ones from the exact curve, or from the published grid (``released``)."""
+    exact, grid = best.curve(), best.grid_curve()
+    main = exact if profile == "clean" else grid
+    return {
+        **{name: getattr(main, name) for name in METRICS},
+        "auc_grid": grid.auc,
+        "best_hm_grid": grid.best_hm,
+        **{f"accuracy_{name}": value for name, value in best.accuracy().items()},
+    }
+
+
+def _tensors(best: BestPairs) -> dict[str, Tensor]:
+    """Best seen and unseen pair of each image as (state, object), with its score (-inf: none)."""
+    pairs = best.space.pairs
+    return {
+        "labels": best.labels,
+        "label_seen": best.label_seen,
+        "seen_pairs": pairs[best.seen.pair[:, 0]],
+        "unseen_pairs": pairs[best.unseen.pair[:, 0]],
+        "seen_scores": best.seen.score[:, 0].float(),
+        "unseen_scores": best.unseen.score[:, 0].float(),
+    }
+
+
+def evaluate(
+    run: str | Path, data: CompositionalSet, backbone: Backbone, *, options: CompositionalOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a finished run's models on a data set again; the run's record counts it, its files stay as they are.
+
+    Args:
+        data: with the states, objects and training pairs of the run.
+        options: other worlds or another threshold than the run's; seeds are the run's.
+
+    Raises:
+        DataError: the data set has other states, objects or training pairs, or a test image was trained on.
+    """
+    run = Path(run)
+    record = read_json(run / "run.json")
+    own = options_from_dict(record["options"])
+    chosen = own if options is None else replace(options, seeds=own.seeds)
+    configs = {
+        name: config_from_dict(values["kind"], {k: v for k, v in values.items() if k != "kind"})
+        for name, values in record["models"].items()
+    }
+    models = {
+        seed: {name: load_model(run / f"seed-{seed}" / name, backbone) for name in configs} for seed in chosen.seeds
+    }
+    one = next(iter(models[chosen.seeds[0]].values()))
+    trained = torch.from_numpy(data.pairs[data.split_pairs["train"]])
+    for what, found, expected in (
+        ("states", list(data.states), list(one.states)),
+        ("objects", list(data.objects), list(one.objects)),
+        ("training pairs", trained.tolist(), one.train_pairs.tolist()),
+    ):
+        if found != expected:
+            raise DataError(
+                f"'{run}' was trained with {len(expected)} {what}, '{data.name}' has {len(found)}, others or in "
+                "another order; evaluate it on the data it was trained for, or fit a new run"
+            )
+    return CompositionalRun(data, backbone, configs, chosen, progress=progress).evaluate(run, models, write=False)
+
+
+def options_from_dict(values: Mapping[str, Any]) -> CompositionalOptions:
+    """Options as ``run.json`` holds them."""
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return CompositionalOptions(**plain)

@@ -1,0 +1,123 @@
+"""Training of one compositional model for one seed, with the best epoch chosen on validation images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from capt.data import ImageSet
+from capt.methods.compositional.model import CompositionalConfig, CompositionalModel
+from capt.methods.compositional.registry import model_type
+from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, score
+from capt.methods.runs.options import Progress
+from capt.methods.runs.views import Views
+from capt.training import TokenStore, train
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+    from capt.data import CompositionalSet
+
+
+class InputCache:
+    """Frozen inputs of the images of a data set, shared by all models that have the same."""
+
+    def __init__(self, backbone: Backbone, limit: int, progress: Progress) -> None:
+        """``limit``: bytes to keep for each kind of inputs, split and view."""
+        self.backbone, self.limit, self.progress = backbone, limit, progress
+        self._stores: dict[tuple[Hashable, ...], TokenStore] = {}
+
+    def __call__(self, model: CompositionalModel, images: ImageSet, split: str, view: int | None = None) -> TokenStore:
+        """Inputs by position in ``images``; ``view``: number of an augmented view, None for the plain one."""
+        key = model.input_kind, split, view
+        if key not in self._stores:
+            done, what = (
+                0,
+                f"encoding {split} images for {model.kind}" + ("" if view is None else f" (view {view + 1})"),
+            )
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                self.progress(what, done, len(images))
+
+            transform = self.backbone.preprocess if view is None else self.backbone.train_transform
+            self._stores[key] = TokenStore(
+                images, transform, model.inputs, seed=view, device=self.backbone.device, progress=report,
+                limit=self.limit,
+            )  # fmt: skip
+        # What was not kept is computed again, by a model that is still there.
+        self._stores[key].encode = model.inputs
+        return self._stores[key]
+
+
+def make_model(config: CompositionalConfig, data: CompositionalSet, backbone: Backbone) -> CompositionalModel:
+    """A fresh model of these settings for the training pairs of ``data``."""
+    pairs = torch.from_numpy(data.pairs[data.split_pairs["train"]])
+    return model_type(config)(backbone, data.states, data.objects, pairs, config).to(backbone.device)
+
+
+def fit_model(
+    name: str,
+    config: CompositionalConfig,
+    data: CompositionalSet,
+    cache: InputCache,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> CompositionalModel:
+    """Train one model and leave it at the epoch with the best validation AUC (closed world, exact curve).
+
+    ``metrics.jsonl`` and ``validation.jsonl`` in ``folder`` hold losses and validation metrics of every epoch.
+    """
+    device = cache.backbone.device
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, log = folder / "metrics.jsonl", folder / "validation.jsonl"
+    for path in (metrics, log):
+        path.unlink(missing_ok=True)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = make_model(config, data, cache.backbone)
+        labels = _train_labels(data).to(device)
+        plain = cache(model, data.train, "train")
+        views = Views(
+            [plain, *(cache(model, data.train, "train", v) for v in range(config.views))], torch.arange(len(labels))
+        )
+        validation, space = cache(model, data.val, "val"), closed_world(data, "val")
+        best, kept = -1.0, model.state()
+
+        def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+            return model.losses(views.take(batch, views.choose(batch, generator)), labels[batch], generator)
+
+        def after(epoch: int, epochs: int, loss: float) -> None:
+            nonlocal best, kept
+            progress(f"seed {seed}: {name}, loss {loss:.3f}, validation AUC {100 * max(best, 0):.1f}", epoch, epochs)
+            model.eval()
+            found = score(model, encode_pairs(model, space), space, validation, labels_of(data, "val")).best_pairs()
+            # The published code selects by its grid of biases, and never goes back to training mode.
+            curve = found.curve() if config.profile == "clean" else found.grid_curve()
+            model.train(config.profile == "clean")
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"epoch": epoch, **curve.record()}) + "\n")
+            if curve.auc > best:
+                best, kept = curve.auc, {key: value.detach().clone() for key, value in model.state().items()}
+
+        model.train()
+        train(
+            model.trainable().values(), step, len(labels), config.training,
+            generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
+        )  # fmt: skip
+        model.load_state_dict(kept, strict=False)
+    return model.requires_grad_(False).eval()
+
+
+def _train_labels(data: CompositionalSet) -> Tensor:
+    """Place of each training image's pair in the list of training pairs, int64 [N]."""
+    listed = data.split_pairs["train"]
+    place = torch.full((len(data.pairs),), -1)
+    place[torch.from_numpy(listed.copy())] = torch.arange(len(listed))
+    return place[torch.from_numpy(data.train.labels.copy())]
