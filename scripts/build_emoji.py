@@ -48,13 +48,14 @@ def missing(emoji: Emoji, key: str) -> str:
     return "" if len(train) >= TRAIN_STYLES else f"only {len(train)} training styles"
 
 
-def _start(work: Path) -> None:
+def start(work: Path) -> None:
+    """Open the packages in a worker process."""
     global _emoji
     _emoji = Emoji(work)
 
 
-def _encode(job: tuple[str, str]) -> bytes:
-    """Render one drawing and pack it as WebP (runs in a worker process)."""
+def encode(job: tuple[str, str, int]) -> bytes:
+    """Render one drawing (vendor, key, size) and pack it as WebP (runs in a worker process)."""
     buffer = io.BytesIO()
     _emoji.render(*job).save(buffer, "WEBP", quality=90, method=4)
     return buffer.getvalue()
@@ -70,11 +71,11 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def attribution(counts: dict[str, int]) -> str:
+def attribution(counts: dict[str, int], size: int) -> str:
     """The credits that stand beside the pictures."""
     changes = (
         "All pictures are emoji drawings by the vendors below. Change made to every one of them: rasterised (or "
-        f"scaled) to {SIZE} x {SIZE} pixels on a white ground with a small margin, and saved as WebP. Nothing else "
+        f"scaled) to {size} x {size} pixels on a white ground with a small margin, and saved as WebP. Nothing else "
         "was altered. No vendor endorses this project."
     )
     columns = "| vendor | images | authors | licence | package | drawings |"
@@ -91,11 +92,11 @@ def build(emoji: Emoji, concepts: list[Concept], out: Path, workers: int) -> dic
     out.mkdir(parents=True, exist_ok=True)
     number = {concept.key: i for i, concept in enumerate(concepts)}
     vendors, images, counts = [], [], {}
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(emoji.work,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start, initargs=(emoji.work,)) as pool:
         for vendor in VENDORS:
             keys = sorted(key for key in number if emoji.drawing(vendor.name, key))
             members = []
-            encoded = pool.map(_encode, [(vendor.name, key) for key in keys], chunksize=16)
+            encoded = pool.map(encode, [(vendor.name, key, SIZE) for key in keys], chunksize=16)
             for key, data in zip(keys, encoded, strict=True):
                 members += [(f"{key}.cls", str(number[key]).encode()), (f"{key}.webp", data)]
             sha = write_tar(out / f"{vendor.name}.tar", sorted(members))
@@ -107,12 +108,12 @@ def build(emoji: Emoji, concepts: list[Concept], out: Path, workers: int) -> dic
     index = {"version": 1, "name": "emoji",
              "classes": [{"name": c.name, "key": c.key, "group": c.group} for c in concepts],
              "vendors": vendors, "images": images}  # fmt: skip
-    (out / "index.json").write_text(_compact(index))
-    (out / "ATTRIBUTION.md").write_text(attribution(counts))
+    (out / "index.json").write_text(compact(index))
+    (out / "ATTRIBUTION.md").write_text(attribution(counts, SIZE))
     return index
 
 
-def _compact(index: dict) -> str:
+def compact(index: dict) -> str:
     """JSON with one class, vendor or image a line: small, and readable in a diff."""
     parts = [f'"{key}": {json.dumps(index[key])}' for key in ("version", "name")]
     for key in ("classes", "vendors", "images"):

@@ -119,16 +119,16 @@ class Emoji:
         """Names of the vendors that draw this concept, in the order of `VENDORS`."""
         return [vendor.name for vendor in VENDORS if key in self._keys[vendor.name]]
 
-    def render(self, vendor: str, key: str) -> Image.Image:
-        """One drawing as SIZE x SIZE RGB on white."""
-        inner = SIZE - 2 * MARGIN
+    def render(self, vendor: str, key: str, size: int = SIZE) -> Image.Image:
+        """One drawing as size x size RGB on white."""
+        inner = size - 2 * round(size * MARGIN / SIZE)
         if vendor == "fluent-3d":
             image = Image.open(self._keys[vendor][key]).convert("RGBA")
             image.thumbnail((inner, inner), Image.Resampling.LANCZOS)
         else:
             image = self._render_svg(vendor, self._keys[vendor][key], inner)
-        canvas = Image.new("RGBA", (SIZE, SIZE), "white")
-        canvas.alpha_composite(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
+        canvas = Image.new("RGBA", (size, size), "white")
+        canvas.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
         return canvas.convert("RGB")
 
     def _render_svg(self, vendor: str, drawing: str, inner: int) -> Image.Image:

@@ -1,10 +1,11 @@
 """Measure the shipped CLIP model zero-shot, through the plain open_clip API.
 
-    python scripts/evaluate_zero_shot.py --work build/model-work          # emoji and Tux Paint animals
+    python scripts/evaluate_zero_shot.py --work build/model-work          # emoji, emoji pairs and Tux Paint animals
     python scripts/evaluate_zero_shot.py --emoji-only                  # no download
     python scripts/evaluate_zero_shot.py --vit --emoji-only            # the ViT tower, loaded by this library
 
-Emoji: the classes of `capt/assets/emoji`, none of which entered the fit, in every style. Tux Paint: 146 animal
+Emoji: the classes of `capt/assets/emoji`, none of which entered the fit, in every style. Emoji pairs: test images of
+`capt/assets/emoji_pairs`, among the training and the unseen test pairs (closed world). Tux Paint: 146 animal
 pictures of the Debian package `tuxpaint-stamps-default` (unpacked, never shipped), each to be matched with its caption.
 What is printed is also written as JSON with `--json`.
 """
@@ -123,6 +124,24 @@ def emoji(clip: Clip, folder: Path) -> list[dict]:
     return results
 
 
+def emoji_pairs(clip: Clip) -> list[dict]:
+    """Test images of the shipped compositional set, plain zero-shot: seen and unseen pairs compete without a bias."""
+    from capt.data import load_compositional
+
+    data = load_compositional("emoji-pairs")
+    candidates = sorted({*data.split_pairs["train"].tolist(), *data.split_pairs["test"].tolist()})
+    rows = clip.images([data.test.image(index) for index in range(len(data.test))])
+    heads = clip.texts([data.data.classes[pair] for pair in candidates], ["a photo of a {}."])
+    right = torch.tensor(data.test.labels)[:, None] == torch.tensor(candidates)[None]
+    seen = torch.tensor(data.seen)[torch.tensor(data.test.labels)]
+    results = []
+    for title, mask in (("all", torch.ones_like(seen)), ("seen", seen), ("unseen", ~seen)):
+        top1, top5 = accuracy(rows[mask] @ heads.T, right[mask])
+        results.append({"test": f"emoji pairs, images of {title} pairs, closed world", "images": int(mask.sum()),
+                        "classes": len(candidates), "top1": round(top1, 1), "top5": round(top5, 1)})  # fmt: skip
+    return results
+
+
 def fetch_stamps(work: Path) -> Path:
     """Unpack the Tux Paint stamps (nothing is installed) and return the folder of the animals."""
     root = work / "deb" / "x" / STAMPS
@@ -163,7 +182,7 @@ def main() -> None:
     if not args.emoji_only and not args.work:
         parser.error("--work names the folder for the Tux Paint download; or give --emoji-only")
     clip = VitClip(args.model or ASSETS / "vit") if args.vit else Clip(args.model or ASSETS / "model")
-    results = emoji(clip, args.emoji) + ([] if args.emoji_only else animals(clip, args.work))
+    results = emoji(clip, args.emoji) + emoji_pairs(clip) + ([] if args.emoji_only else animals(clip, args.work))
     print(f"templates: {clip.templates}")
     print("| test | images | classes | top-1 % | top-5 % |\n| --- | --- | --- | --- | --- |")
     for r in results:

@@ -11,7 +11,9 @@ from capt.data.compositional import CompositionalSet
 from capt.data.few_shot import hold_out
 from capt.data.image_set import DataSet
 from capt.data.readers.coop import read_coop
+from capt.data.readers.czsl import read_czsl
 from capt.data.readers.emoji import read_emoji
+from capt.data.readers.emoji_pairs import read_emoji_pairs
 from capt.data.readers.folder import read_folder
 from capt.data.readers.pair_table import read_pair_table
 from capt.data.readers.shards import read_shards
@@ -23,7 +25,10 @@ _FORMS = (
     "'emoji' (the shipped set), a folder with one sub-folder per class, a .csv, .tsv or .jsonl list, "
     "'coop:<data set>' with root=, or WebDataset shards (a pattern or list of .tar files)"
 )
-_COMPOSITIONAL_FORMS = "a .csv, .tsv or .jsonl list with the columns path, state, object and split"
+_COMPOSITIONAL_FORMS = (
+    "'emoji-pairs' (the shipped set), 'czsl:mit-states', 'czsl:ut-zappos' or 'czsl:cgqa' with root=, "
+    "or a .csv, .tsv or .jsonl list with the columns path, state, object and split"
+)
 _Read = TypeVar("_Read", DataSet, CompositionalSet)
 
 
@@ -87,9 +92,11 @@ def load_compositional(
     """Open a compositional data set.
 
     Args:
-        spec: a ``.csv``, ``.tsv`` or ``.jsonl`` list of images with their state, object and split
-            (:func:`read_pair_table`); a CompositionalSet is returned as it is.
-        root: for a list of images the folder its paths start from.
+        spec: what to open. "emoji-pairs": the shipped set (:func:`read_emoji_pairs`); "czsl:mit-states",
+            "czsl:ut-zappos" or "czsl:cgqa": :func:`read_czsl`; a ``.csv``, ``.tsv`` or ``.jsonl`` list of images with
+            their state, object and split: :func:`read_pair_table`; a CompositionalSet is returned as it is.
+        root: for "czsl:" the folder that holds the data sets, or the one of the data set; for a list of images the
+            folder its paths start from.
         options: passed to the reader; see its documentation.
 
     Raises:
@@ -100,6 +107,14 @@ def load_compositional(
     text = str(spec)
     if text.lower().endswith(_TABLES):
         return _call(read_pair_table, text, text, root=root, **options)
+    if text.startswith("czsl:"):
+        if root is None:
+            raise DataError(f"'{text}': root is missing; pass the folder that holds the data set")
+        return _call(read_czsl, text, text.removeprefix("czsl:"), root=root, **options)
+    if root is not None:
+        raise DataError(f"root: only 'czsl:<data set>' and lists of images take it, found '{text}'")
+    if text == "emoji-pairs":
+        return _call(read_emoji_pairs, text, **options)
     raise DataError(f"'{text}': no compositional data set. One is {_COMPOSITIONAL_FORMS}")
 
 
