@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.compositional_evaluation import against_dense
 from capt.errors import CaptError, DataError, NumericError
 from capt.evaluation import FrontierMeter, PairSpace, SeenUnseenCurve
 from tests.compositional_oracle import Problem, between, random_problem, summary
@@ -293,3 +294,8 @@ def test_margins_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(NumericError, match="margin of an image is NaN"):
         SeenUnseenCurve.exact([np.nan], [True], [True])
     assert SeenUnseenCurve.exact([np.nan], [False], [True]).best_seen == 0
+
+
+def test_the_benchmark_agrees_with_its_dense_sweep() -> None:
+    found = against_dense(60, 10, 20, batch=16, chunk=64, rounds=1)
+    assert found["same_accuracies"] and found["metrics"]["auc"] > 0
