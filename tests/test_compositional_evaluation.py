@@ -42,6 +42,9 @@ def test_20_candidates_of_a_split_are_its_pairs_and_the_seen_ones() -> None:
     assert validation.seen.tolist() == [True, False, True]
     assert validation.position(torch.from_numpy(pairs)).tolist() == [0, 1, -1, 2, -1]
     meter = FrontierMeter(validation)
+    meter.add([(0, torch.zeros(0, 3))], torch.zeros(0, 2, dtype=torch.int64))
+    with pytest.raises(DataError, match="no image was added; is the split empty"):
+        meter.best_pairs()
     with pytest.raises(DataError, match=r"image 1 of the batch shows the pair \(2, 0\)"):
         meter.add([(0, torch.zeros(2, 3))], torch.tensor([[0, 0], [2, 0]]))
 
