@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def problem(seed: int, *, n_pairs: int | None = None, batch: int | None = None) 
     group = torch.randint(-1, n_groups, (n_pairs,), generator=random)
     group[group == int(torch.randint(n_groups, (), generator=random))] = -1  # an empty group
     cuts = sorted({0, n_pairs, *torch.randint(n_pairs + 1, (one_of((0, 1, 3)),), generator=random).tolist()})
-    chunks = list(zip(cuts[:-1], cuts[1:], strict=True)) or [(0, 0)]
+    chunks = list(pairwise(cuts)) or [(0, 0)]
     order = one_of(("ascending", "descending", "any"))
     if order == "descending":
         chunks.reverse()

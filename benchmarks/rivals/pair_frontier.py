@@ -1,6 +1,6 @@
 """What one would write without the op: the best pair of each group by torch.max, or by scatter_reduce.
 
-Each rival takes (scores, groups) and returns (score, pair), with groups prepared once, in the form the rival likes best.
+Each rival takes (scores, groups) and returns (score, pair). Groups are prepared once, in the form the rival likes best.
 Which of equal scores wins is left open, which costs nothing and which the rivals may use. ``with_term`` forms the
 scores for all of them.
 """
@@ -39,9 +39,7 @@ def scatter(scores: Tensor, groups: tuple[Tensor, Tensor, int]) -> tuple[Tensor,
     group, pairs = group.expand_as(scores), pairs.expand_as(scores)
     best = scores.new_full((len(scores), n_groups), NONE).scatter_reduce(1, group, scores, "amax")
     pair = pairs.masked_fill(scores != best.gather(1, group), torch.iinfo(torch.int64).max)
-    return best, torch.full_like(best, -1, dtype=torch.int64).scatter_reduce(
-        1, group, pair, "amin", include_self=False
-    )
+    return best, torch.full_like(best, -1, dtype=torch.int64).scatter_reduce(1, group, pair, "amin", include_self=False)
 
 
 RIVALS = {"masked": masked, "by_group": by_group, "scatter": scatter}

@@ -86,7 +86,7 @@ def pair_frontier(
         return PairFrontier(*reference.pair_frontier(scores, group, start, n_groups, state, object, pairs, previous))
     if state is not None and object is not None and pairs is not None:
         state, object, pairs = state.float().contiguous(), object.float().contiguous(), pairs.contiguous()
-    earlier = (None, None) if previous is None else (previous.score.detach().contiguous(), previous.pair.contiguous())
+    earlier = (None, None) if previous is None else tuple(value.detach().contiguous() for value in previous)
     op = torch.ops.capt_triton.pair_frontier if chosen == "triton" else torch.ops.capt.pair_frontier
     return PairFrontier(*op(scores, group.contiguous(), n_groups, start, state, object, pairs, *earlier))
 
@@ -150,6 +150,8 @@ def _check_arguments(
         check_index_range(OP, "objects of pairs", pairs[:, 1], 0, object.shape[1])
     tensors = {"scores": scores, "group": group, "state": state, "object": object, "pairs": pairs}
     if previous is not None:
+        if not isinstance(previous, tuple) or len(previous) != 2:
+            raise CaptError(f"{OP}: previous must be the result of an earlier call, found {type(previous).__name__}")
         dtype = scores.dtype if state is None else reference.accumulate_dtype(scores.dtype)
         for name, value, kind in zip(("score", "pair"), previous, (dtype, torch.int64), strict=True):
             check_tensor(OP, f"previous {name}", value, (batch, n_groups))
