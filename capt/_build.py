@@ -17,6 +17,7 @@ OPS = (
     "expert_mix",
     "expert_router",
     "grid_adapter",
+    "pair_frontier",
     "prompt_attention",
     "prompt_attention_shared",
 )

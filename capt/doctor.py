@@ -33,6 +33,7 @@ EXAMPLE_SHAPES: dict[str, dict[str, Any]] = {
     "confusion_pairs": {"batch": 32, "n_classes": 1000, "k": 5},
     "expert_gating": {"tokens": 32, "dim": 768, "n_experts": 3, "top_k": 2},
     "grid_adapter": {"batch": 32, "grid": (14, 14), "dim": 768},
+    "pair_frontier": {"batch": 32, "n_pairs": 8192, "n_states": 413, "n_objects": 674},
     "prompt_attention": {"batch": 32, "k": 3, "rows": (5, 5), "dim": 512},
     "prompt_attention_shared": {"batch": 32, "rows": (400, 400), "n_keys": 197, "dim": 512},
 }

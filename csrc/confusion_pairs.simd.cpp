@@ -52,19 +52,6 @@ inline Vector exp_nonpositive(Vector x) {
 #endif
 }
 
-// One bit for each lane that is set in a comparison's result.
-inline uint32_t bits_of(Mask mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
-  return (uint32_t)_mm256_movemask_ps((__m256)mask);
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
-  return bits;
-#endif
-}
-
 inline void minus_infinity(float& value) { value = -kInfinity; }
 inline void minus_infinity(Half& value) { value.bits = 0xFC00; }
 inline void minus_infinity(Bfloat& value) { value.bits = 0xFF80; }

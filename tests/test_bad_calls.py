@@ -1,4 +1,4 @@
-"""Wrong arguments of the five ops: every one is a CaptError that names op and argument, before anything runs.
+"""Wrong arguments of the ops with kernels: every one is a CaptError that names op and argument, before anything runs.
 
 And right ones in unusual layouts: views with any strides give what a contiguous copy gives.
 """
@@ -51,6 +51,7 @@ RIGHT = {
         "top_k": 2,
     },
     "grid_adapter": lambda: {"tokens": floats(2, 5, 4), "weight": floats(4, 3, 3), "grid": (2, 2), "n_prefix": 1},
+    "pair_frontier": lambda: {"scores": floats(2, 3), "group": integers(0, 1, -1)},
 }
 POSITIONAL = {
     "bank_topk": ("queries", "rows"),
@@ -59,6 +60,7 @@ POSITIONAL = {
     "prompt_attention_shared": ("commonality_query", "difference_query", "keys", "values"),
     "expert_gating": ("x", "gate", "w_in", "b_in", "w_out", "b_out"),
     "grid_adapter": ("tokens", "weight"),
+    "pair_frontier": ("scores",),
 }
 META = {"device": "meta"}
 WHOLE = {"dtype": torch.int64}
@@ -66,6 +68,8 @@ STATISTICS = {"offsets": integers(0, 1, 1, 1, 1, 1, 1), "classes": integers(2), 
 
 ROWS = {"offsets": integers(0, 1, 2, 2, 2, 2, 2), "classes": integers(2, 3), "counts": integers(3, 1)}
 SPARSE = torch.eye(8)[:3].to_sparse()
+PRIMITIVES = {"state": floats(2, 4), "object": floats(2, 5), "pairs": integers([0, 1], [3, 4], [2, 0])}
+EARLIER = ops.PairFrontier(floats(2, 2), integers([0, 1], [2, 3]))
 EMPTY_EXPERTS = {"w_in": floats(3, 0, 8), "b_in": floats(3, 0), "w_out": floats(3, 8, 0)}
 
 # op, what is changed, the argument that the message must name
@@ -174,6 +178,32 @@ BAD = [
     ("grid_adapter", {"grid": (0, 2)}, "grid"),
     ("grid_adapter", {"n_prefix": -1}, "n_prefix"),
     ("grid_adapter", {"backend": "triton"}, "backend"),
+    ("pair_frontier", {"scores": [[1.0, 2.0, 3.0]]}, "scores"),
+    ("pair_frontier", {"scores": floats(3)}, "scores"),
+    ("pair_frontier", {"scores": torch.ones(2, 3, **WHOLE)}, "scores"),
+    ("pair_frontier", {"group": integers(0, 1)}, "group"),
+    ("pair_frontier", {"group": integers(0, 1, 0).int()}, "group"),
+    ("pair_frontier", {"group": integers(0, 1, 2)}, "group"),
+    ("pair_frontier", {"group": integers(0, -2, 1)}, "group"),
+    ("pair_frontier", {"group": torch.zeros(3, **WHOLE, **META)}, "group"),
+    ("pair_frontier", {"n_groups": 0}, "n_groups"),
+    ("pair_frontier", {"start": -1}, "start"),
+    ("pair_frontier", {"start": 2**31 - 3}, "start"),
+    ("pair_frontier", {"state": PRIMITIVES["state"]}, "state"),
+    ("pair_frontier", {**PRIMITIVES, "pairs": None}, "pairs"),
+    ("pair_frontier", {**PRIMITIVES, "state": floats(1, 4)}, "state"),
+    ("pair_frontier", {**PRIMITIVES, "state": floats(2, 3)}, "pairs"),
+    ("pair_frontier", {**PRIMITIVES, "object": floats(2, 4)}, "pairs"),
+    ("pair_frontier", {**PRIMITIVES, "object": torch.ones(2, 5, **WHOLE)}, "object"),
+    ("pair_frontier", {**PRIMITIVES, "object": torch.ones(2, 5, **META)}, "object"),
+    ("pair_frontier", {**PRIMITIVES, "pairs": integers([0, 1], [3, 4])}, "pairs"),
+    ("pair_frontier", {**PRIMITIVES, "pairs": PRIMITIVES["pairs"].int()}, "pairs"),
+    ("pair_frontier", {**PRIMITIVES, "pairs": integers([0, 1], [3, 4], [-1, 0])}, "pairs"),
+    ("pair_frontier", {"previous": EARLIER.score}, "previous"),
+    ("pair_frontier", {"previous": EARLIER, "n_groups": 3}, "previous"),
+    ("pair_frontier", {"previous": (EARLIER.score.half(), EARLIER.pair)}, "previous"),
+    ("pair_frontier", {"previous": (EARLIER.score, EARLIER.pair.int())}, "previous"),
+    ("pair_frontier", {"backend": "cuda"}, "backend"),
 ]
 
 
@@ -234,10 +264,13 @@ def test_explain_refuses_what_a_call_refuses(op, shapes, name):
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["bank_topk", "confusion_pairs"])
+@pytest.mark.parametrize("op", ["bank_topk", "confusion_pairs", "pair_frontier"])
 def test_gradients_do_not_flow_through_a_search(op):
     """Documented as "No gradient": inputs may ask for one, results do not carry it."""
-    arguments = {name: v.requires_grad_() if isinstance(v, torch.Tensor) else v for name, v in RIGHT[op]().items()}
+    arguments = RIGHT[op]()
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.requires_grad_()
     assert not any(value.requires_grad for value in call(op, arguments))
     assert "No gradient" in getattr(ops, op).__doc__
 

@@ -16,15 +16,10 @@ from capt._build import NativeBuild
 from capt.errors import CaptError
 from capt.ops import _plan
 from tests.conftest import CPU_LEVELS
-from tests.native_build import CSRC, run
+from tests.native_build import CSRC, LEVEL_FLAGS, run
 
 PARITY = {"gathered": gathered, "shared": shared}
 EVERY = pytest.mark.parametrize("op", PARITY)
-LEVEL_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
 
 
 def complaints(parity, seeds):

@@ -23,12 +23,15 @@ def check(
     """Read a data set, decode every image, and say what is in it and what is wrong; exit code 3 if anything is.
 
     Args:
-        data: data set to check; 'coop' with --root: which of CoOp's data sets are there and complete.
+        data: data set to check; 'coop' with --root: which of CoOp's data sets are there and complete. Compositional:
+            'emoji-pairs', 'czsl:mit-states' and its like with --root, or a list with the columns state and object.
         where: where the data set lies.
         shots: name the classes that have fewer training images than this.
         lists_only: do not decode the images.
         json: print the findings as JSON.
     """
+    if _is_compositional(data):
+        return _check_pairs(data, where, lists_only, json)
     layout = None
     if data == "coop" or data.startswith("coop:"):
         layout = _check_layout(data, where)
@@ -40,7 +43,7 @@ def check(
             return 0 if layout.ok else DataError.exit_code
     data_set = where.open(data)
     splits: dict[str, Any] = {}
-    bad: list[dict[str, str]] = []
+    bad = [] if lists_only else _bad_images(data_set)
     for name, split in data_set.splits().items():
         counts = split.counts
         splits[name] = {
@@ -49,11 +52,6 @@ def check(
             "fewest": int(counts.min()) if len(counts) else 0,
             "most": int(counts.max()) if len(counts) else 0,
         }
-        for index in () if lists_only else range(len(split)):
-            try:
-                split.image(index)
-            except DataError as error:
-                bad.append({"split": name, "image": split.names[index], "problem": str(error)})
     # A data set that is for testing only has no training images to miss.
     which, main = ("training", data_set.train) if len(data_set.train) else ("test", data_set.test or data_set.train)
     counted = list(zip(data_set.classes, main.counts.tolist(), strict=True))
@@ -78,11 +76,79 @@ def check(
         if few:
             smallest = min(few, key=lambda name: few[name])
             print(f"{len(few)} classes have fewer than {shots} training images (least: {smallest!r}, {few[smallest]})")
-        for problem in [*problems, *(f"{entry['split']}: {entry['problem']}" for entry in bad)]:
-            print(f"problem: {problem}")
-        if not problems and not bad:
-            print("lists are sound; images were not decoded" if lists_only else "every image can be read")
+        _print_problems(problems, bad, lists_only)
     return DataError.exit_code if problems or bad else 0
+
+
+def _bad_images(data: DataSet) -> list[dict[str, str]]:
+    """Decode every image; what is wrong with those that cannot be had."""
+    bad = []
+    for name, split in data.splits().items():
+        for index in range(len(split)):
+            try:
+                split.image(index)
+            except DataError as error:
+                bad.append({"split": name, "image": split.names[index], "problem": str(error)})
+    return bad
+
+
+def _print_problems(problems: list[str], bad: list[dict[str, str]], lists_only: bool) -> None:
+    for problem in [*problems, *(f"{entry['split']}: {entry['problem']}" for entry in bad)]:
+        print(f"problem: {problem}")
+    if not problems and not bad:
+        print("lists are sound; images were not decoded" if lists_only else "every image can be read")
+
+
+def _is_compositional(data: str) -> bool:
+    from capt.data.readers.pair_table import is_pair_table
+
+    return data == "emoji-pairs" or data.startswith("czsl:") or is_pair_table(data)
+
+
+def _check_pairs(spec: str, where: DataOptions, lists_only: bool, json: bool) -> int:
+    """What is in a compositional data set, and what is wrong with it."""
+    from capt.data import load_compositional
+
+    if where.test_fraction is not None:
+        raise DataError(f"--test-fraction: '{spec}' is compositional and has its splits; leave the option out")
+    data = load_compositional(spec, where.root)
+    counts = data.counts()
+    problems = [
+        f"{split}: no image of {kind} pairs" for split in ("val", "test") for kind in ("seen", "unseen")
+        if not counts[split][f"{kind}_images"]
+    ]  # fmt: skip
+    listed = data.split_pairs["train"]
+    empty = [data.data.classes[pair] for pair in listed if not data.train.counts[pair]]
+    if empty:
+        problems.append(f"{len(empty):,} of {len(listed):,} training pairs have no training image, first {empty[0]!r}")
+    notes = [*data.data.meta.get("differs_from_published", []), *_left_out(data.data.meta)]
+    bad = [] if lists_only else _bad_images(data.data)
+    if json:
+        findings = {"images_checked": not lists_only, "bad_images": bad, "problems": problems, "notes": notes}
+        print_json({**data.record(), **findings})
+        return DataError.exit_code if problems or bad else 0
+    sizes = f"{len(data.states):,} states, {len(data.objects):,} objects, {len(data.pairs):,} pairs"
+    print(f"{data.name}: {sizes} ({int(data.seen.sum()):,} seen), fingerprint {data.fingerprint()[:16]}")
+    header = ["split", "pairs seen", "pairs unseen", "images of seen pairs", "images of unseen pairs"]
+    print_rows(header, [[split, *values.values()] for split, values in counts.items()])
+    for note in notes:
+        print(f"note: {note}")
+    _print_problems(problems, bad, lists_only)
+    return DataError.exit_code if problems or bad else 0
+
+
+def _left_out(meta: dict[str, Any]) -> list[str]:
+    reasons = {
+        "not_annotated": "records without state or split (NA)",
+        "pair_in_no_list": "records whose pair is in no pair file",
+        "repeated": "records that repeat an earlier one",
+    }
+    skipped = meta.get("skipped_records", {})
+    notes = [f"{skipped[reason]:,} {words} were left out" for reason, words in reasons.items() if skipped.get(reason)]
+    for split, count in meta.get("images_of_pairs_their_split_does_not_list", {}).items():
+        if count:
+            notes.append(f"{count:,} {split} images show a pair that only the file of another split lists; they stay")
+    return notes
 
 
 def _check_layout(data: str, where: DataOptions) -> CheckReport:

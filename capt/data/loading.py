@@ -17,10 +17,9 @@ from capt.data.readers.emoji_pairs import read_emoji_pairs
 from capt.data.readers.folder import read_folder
 from capt.data.readers.pair_table import read_pair_table
 from capt.data.readers.shards import read_shards
-from capt.data.readers.table import read_table
+from capt.data.readers.table import TABLES, read_table
 from capt.errors import DataError
 
-_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _FORMS = (
     "'emoji' (the shipped set), a folder with one sub-folder per class, a .csv, .tsv or .jsonl list, "
     "'coop:<data set>' with root=, or WebDataset shards (a pattern or list of .tar files)"
@@ -70,7 +69,7 @@ def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, opti
         if root is None:
             raise DataError(f"'{text}': root is missing; pass the folder that holds the data sets")
         return _call(read_coop, text, text.removeprefix("coop:"), root=root, **options)
-    if text.lower().endswith(_TABLES):
+    if text.lower().endswith(TABLES):
         return _call(read_table, text, text, root=root, **options)
     if root is not None:
         raise DataError(f"root: only 'coop:<data set>' and lists of images take it, found '{text or spec}'")
@@ -105,7 +104,7 @@ def load_compositional(
     if isinstance(spec, CompositionalSet):
         return spec
     text = str(spec)
-    if text.lower().endswith(_TABLES):
+    if text.lower().endswith(TABLES):
         return _call(read_pair_table, text, text, root=root, **options)
     if text.startswith("czsl:"):
         if root is None:

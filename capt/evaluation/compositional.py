@@ -236,7 +236,7 @@ class FrontierMeter:
 
     def by_threshold(self) -> list[BestPairs]:
         """Of all images so far at each threshold, as if only the pairs that survive it had been scored."""
-        if not self._batches:
+        if not len(self):
             raise DataError("FrontierMeter: no image was added; is the split empty?")
         score, pair, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         seen = PairFrontier(score[:, 0], pair[:, 0])

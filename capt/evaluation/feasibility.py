@@ -49,9 +49,11 @@ def feasibility_thresholds(space: PairSpace, n: int = 50) -> Tensor:
 
 
 def _closest(vectors: Tensor, linked: Tensor) -> Tensor:
-    """Highest cosine of each of n items to another item of a group, float64 [G, n]; linked bool [G, n]: the groups."""
+    """Highest cosine of each of n items to a member of a group, -1 for no member, float64 [G, n]; linked bool [G, n].
+
+    No item needs to be kept apart from itself: a member belongs to a seen pair, whose value is not used.
+    """
     unit = F.normalize(vectors.detach().cpu().double(), dim=1)
-    cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    best = torch.stack([cosine[members].amax(0) if members.any() else cosine.new_full((len(unit),), -torch.inf)
-                        for members in linked])  # fmt: skip
-    return best.masked_fill(best == -torch.inf, -1.0)
+    cosine = unit @ unit.T
+    none = cosine.new_full((len(unit),), -1.0)
+    return torch.stack([cosine[members].amax(0) if members.any() else none for members in linked])

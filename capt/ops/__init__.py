@@ -48,6 +48,7 @@ def explain(op: str, **shapes: Any) -> Plan:
     - prompt_attention: batch, k, rows (commonality, difference), dim
     - prompt_attention_shared: batch, rows (commonality, difference), n_keys, dim
     - expert_gating: tokens, dim, hidden, n_experts, top_k
+    - pair_frontier: batch, n_pairs, n_groups, n_states, n_objects (0: no primitive term)
 
     Raises CaptError for an unknown op, arguments that do not fit, or a forced backend that cannot run.
 

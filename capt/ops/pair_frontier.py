@@ -1,8 +1,12 @@
-"""Best seen and best unseen pair of each image over streamed chunks of pairs."""
+"""Best seen and best unseen pair of each image over streamed chunks of pairs.
+
+The native op ``capt::pair_frontier`` is defined in csrc/torch/pair_frontier.cpp; the Triton one has the same schema in
+the namespace ``capt_triton``. There is no CUDA C++ kernel: the op reads its scores once, which Triton does as well.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +21,16 @@ from capt.ops._checks import (
     check_same_device,
     check_tensor,
 )
-from capt.ops._plan import Plan, reference_only
+from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
 
 OP = "pair_frontier"
+DISPATCH = Dispatch(
+    OP,
+    {
+        "cpu": "one visit of each score, compared with the best of its group so far (docs/kernels/pair_frontier.md)",
+        "triton": "one visit of each score; the op has no CUDA C++ kernel",
+    },
+)
 
 
 class PairFrontier(NamedTuple):
@@ -67,16 +78,45 @@ def pair_frontier(
     """
     n_groups, start = check_count(OP, "n_groups", n_groups), check_count(OP, "start", start, low=0)
     _check_arguments(scores, group, n_groups, start, state, object, pairs, previous)
-    plan(backend)
+    chosen, _ = DISPATCH.choose(scores.device.type, scores.dtype, backend, {"cpu": slow_half(scores.dtype)})
     scores = scores.detach()
     if state is not None and object is not None:
         state, object = state.detach(), object.detach()
-    return PairFrontier(*reference.pair_frontier(scores, group, start, n_groups, state, object, pairs, previous))
+    if chosen == "reference":
+        return PairFrontier(*reference.pair_frontier(scores, group, start, n_groups, state, object, pairs, previous))
+    if state is not None and object is not None and pairs is not None:
+        state, object, pairs = state.float().contiguous(), object.float().contiguous(), pairs.contiguous()
+    earlier = (None, None) if previous is None else tuple(value.detach().contiguous() for value in previous)
+    op = torch.ops.capt_triton.pair_frontier if chosen == "triton" else torch.ops.capt.pair_frontier
+    return PairFrontier(*op(scores, group.contiguous(), n_groups, start, state, object, pairs, *earlier))
 
 
-def plan(backend: str | None = None) -> Plan:
-    """Backend of a call."""
-    return reference_only(OP, backend)
+def plan(
+    *,
+    batch: int,
+    n_pairs: int,
+    n_groups: int = 2,
+    n_states: int = 0,
+    n_objects: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Plan:
+    """The backend of a call of this size, why, and its compulsory traffic and arithmetic (``previous`` not counted).
+
+    n_states and n_objects: of the primitive term; 0 without it.
+    """
+    place = torch.device(device).type
+    against = {"cpu": slow_half(dtype)}
+    chosen, reason = DISPATCH.choose(place, dtype, backend, against)
+    term = n_states > 0
+    size = 4 if term else dtype.itemsize
+    traffic = batch * (n_pairs * dtype.itemsize + 4 * (n_states + n_objects) + n_groups * (size + 8))
+    traffic += n_pairs * (24 if term else 8)
+    # A comparison a pair; a product and a sum before it.
+    return Plan(
+        OP, chosen, reason, traffic, batch * n_pairs * (3 if term else 1), DISPATCH.rejected(place, dtype, against)
+    )
 
 
 def _check_arguments(
@@ -110,6 +150,8 @@ def _check_arguments(
         check_index_range(OP, "objects of pairs", pairs[:, 1], 0, object.shape[1])
     tensors = {"scores": scores, "group": group, "state": state, "object": object, "pairs": pairs}
     if previous is not None:
+        if not isinstance(previous, tuple) or len(previous) != 2:
+            raise CaptError(f"{OP}: previous must be the result of an earlier call, found {type(previous).__name__}")
         dtype = scores.dtype if state is None else reference.accumulate_dtype(scores.dtype)
         for name, value, kind in zip(("score", "pair"), previous, (dtype, torch.int64), strict=True):
             check_tensor(OP, f"previous {name}", value, (batch, n_groups))
@@ -117,3 +159,47 @@ def _check_arguments(
                 raise CaptError(f"{OP}: previous {name} must be {kind} as this call returns, found {value.dtype}")
             tensors[f"previous {name}"] = value
     check_same_device(OP, **tensors)
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def _fake(
+    scores: Tensor,
+    group: Tensor,
+    n_groups: int,
+    start: int,
+    state: Tensor | None,
+    object: Tensor | None,
+    pairs: Tensor | None,
+    previous_score: Tensor | None,
+    previous_pair: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    torch._check(scores.dim() == 2, lambda: "capt::pair_frontier: scores must be [B, K]")
+    shape = (scores.shape[0], n_groups)
+    dtype = scores.dtype if state is None else torch.float32
+    return scores.new_empty(shape, dtype=dtype), scores.new_empty(shape, dtype=torch.int64)
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from capt.kernels import pair_frontier as kernels
+
+    found: tuple[Tensor, Tensor] = kernels.pair_frontier(*args)
+    return found
+
+
+def _define_triton() -> None:
+    """capt_triton::pair_frontier: the schema of csrc/torch/pair_frontier.cpp, run by Triton."""
+    torch.library.define(
+        "capt_triton::pair_frontier",
+        "(Tensor scores, Tensor group, int n_groups, int start, Tensor? state, Tensor? object, Tensor? pairs, "
+        "Tensor? previous_score, Tensor? previous_pair) -> (Tensor score, Tensor pair)",
+    )
+    torch.library.impl("capt_triton::pair_frontier", "cuda", _triton)
+    torch.library.register_fake("capt_triton::pair_frontier", _fake)
+
+
+if NATIVE.loaded:
+    torch.library.register_fake("capt::pair_frontier", _fake)
+if HAS_TRITON:
+    _define_triton()

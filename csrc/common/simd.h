@@ -124,6 +124,19 @@ inline void store(Half* target, Vector value) {
 }
 #endif
 
+// One bit for each lane that is set in a comparison's result.
+inline uint32_t bits_of(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // The last channels of a row when dim is no multiple of the vector width. Never touches memory past `count`.
 template <typename T>
 inline Vector load_some(const T* source, int count) {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from capt.data.compositional import CompositionalSet, Pair, build_compositional
 from capt.data.image_set import SPLITS
 from capt.data.names import normal_class_name
-from capt.data.readers.table import read_rows
+from capt.data.readers.table import TABLES, read_rows
 from capt.data.sources import FolderSource
 from capt.errors import DataError
+
+_MAX_HEADER = 1 << 16
 
 
 def read_pair_table(
@@ -49,3 +52,13 @@ def read_pair_table(
     meta: dict[str, Any] = {"format": "pair table", "file": file.name}
     source = FolderSource(folder, follow_links=follow_links)
     return build_compositional(name or file.stem, pair_lists, members, source, root=folder, meta=meta)
+
+
+def is_pair_table(file: str | Path) -> bool:
+    """Whether a list of images has a state and an object rather than a label, by its first line."""
+    file = Path(file)
+    if file.suffix.lower() not in TABLES or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        words = re.findall(rb"\w+", stream.readline(_MAX_HEADER).lower())
+    return {b"path", b"state", b"object"} <= set(words)

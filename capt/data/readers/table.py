@@ -18,6 +18,7 @@ from capt.data.names import class_key, class_list, natural_key, safe_relative
 from capt.data.sources import FolderSource
 from capt.errors import DataError
 
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
