@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capt.cli import main
 from capt.data import CompositionalSet, load_compositional
 from capt.data.compositional import build_compositional
 from capt.data.sources import MemorySource
@@ -158,3 +159,12 @@ def test_unknown_specs_and_options_say_what_there_is(tmp_path):
         load_compositional(table(tmp_path), shots=3)
     data = tiny()
     assert load_compositional(data) is data
+
+
+def test_capt_data_check_reads_pair_lists(tmp_path, capsys):
+    for name in ("list.csv", "list.jsonl"):
+        assert main(["data", "check", str(table(tmp_path, name=name))]) == 0
+        assert "list: 2 states, 2 objects, 4 pairs (2 seen)" in capsys.readouterr().out
+    rows = [row for row in ROWS if row[0] != "f.png"]
+    assert main(["data", "check", str(table(tmp_path, rows)), "--lists-only"]) == DataError.exit_code
+    assert "problem: test: no image of unseen pairs" in capsys.readouterr().out

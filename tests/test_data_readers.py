@@ -20,6 +20,7 @@ from capt.data.readers.coop_layouts import LAYOUTS
 from capt.data.readers.emoji import read_emoji
 from capt.data.readers.shards import expand
 from capt.errors import CaptError, DamagedFileError, DataError
+from tests.czsl_files import tree as czsl_tree
 from tests.data_files import folders, image_bytes, member, save, shard, tar, to_tensor
 
 ODD_NAMES = [
@@ -692,6 +693,10 @@ def test_examples_of_the_page_run(tmp_path, monkeypatch, snippet, capsys):
     (pets / "split_fewshot").mkdir()
     record = b"\x80\x02}q\0U\x05trainq\x01]q\x02s."  # an empty list, as an old pickle
     (pets / "split_fewshot" / "shot_2-seed_1.pkl").write_bytes(record.replace(b"U\x05", b"X\x05\0\0\0"))
+    rows = ["1.png,red,heart,train", "2.png,blue,face,train", "3.png,red,face,val", "0.png,blue,heart,test"]
+    lines = ["path,state,object,split", *(f"photos/{row}" for row in rows)]
+    table(tmp_path, "\n".join(lines), "pairs.csv")
+    czsl_tree(tmp_path / "CZSL")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "docs/datasets.md", "exec"), {})
 
