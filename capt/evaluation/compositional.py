@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -177,6 +177,7 @@ class FrontierMeter:
             survived = torch.searchsorted(self.thresholds, space.feasibility.double(), right=True)
             self._group = torch.where(space.seen, 0, torch.where(survived > 0, survived, -1))
         self._n_groups = 2 if self.thresholds is None else 1 + len(self.thresholds)
+        self._pairs = space.pairs
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __len__(self) -> int:
@@ -217,10 +218,7 @@ class FrontierMeter:
                     f"{len(self.space) - 1}"
                 )
             spans.append((start, stop))
-            if state is not None and object is not None:
-                pairs = self.space.pairs[start:stop].to(scores.device)
-                scores = scores + state[:, pairs[:, 0]] * object[:, pairs[:, 1]]
-            frontier = self._fold(frontier, start, scores)
+            frontier = self._fold(frontier, start, scores, state, object)
         ends = [0, *(stop for _, stop in sorted(spans))]
         for (start, _), end in zip([*sorted(spans), (len(self.space), 0)], ends, strict=True):
             if start != end:
@@ -266,15 +264,26 @@ class FrontierMeter:
         index = int(np.argmax(auc.numpy()))  # the first one, which torch does not promise
         return ThresholdSearch(float(self.thresholds[index]), index, self.thresholds, auc)
 
-    def _fold(self, previous: PairFrontier | None, start: int, scores: Tensor) -> PairFrontier:
-        self._group = self._group.to(scores.device)
-        group = self._group[start : start + scores.shape[1]]
+    def _fold(
+        self, previous: PairFrontier | None, start: int, scores: Tensor, state: Tensor | None, object: Tensor | None
+    ) -> PairFrontier:
+        self._group, self._pairs = self._group.to(scores.device), self._pairs.to(scores.device)
+        part = slice(start, start + scores.shape[1])
+        fold = partial(
+            pair_frontier,
+            group=self._group[part],
+            n_groups=self._n_groups,
+            start=start,
+            state=state,
+            object=object,
+            pairs=None if state is None else self._pairs[part],
+        )
         if self.top == 1:
-            return pair_frontier(scores, group=group, n_groups=self._n_groups, start=start, previous=previous)
+            return fold(scores, previous=previous)
         rest = scores.detach().clone()
         found = [] if previous is None else [previous]
         for _ in range(self.top):
-            best = pair_frontier(rest, group=group, n_groups=self._n_groups, start=start)
+            best = fold(rest)
             rows, groups = (best.pair >= 0).nonzero(as_tuple=True)
             rest[rows, best.pair[rows, groups] - start] = -torch.inf
             found.append(PairFrontier(best.score[..., None], best.pair[..., None]))
