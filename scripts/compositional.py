@@ -34,7 +34,7 @@ SCHEDULE = TrainingOptions(
     epochs=8, batch_size=32, optimizer="adam", lr=1e-3, weight_decay=1e-5, schedule="halving", halving_epochs=3,
     warmup_epochs=0.0, clip_norm=0.0, decay_all=True, amp=True,
 )  # fmt: skip
-CSP = CSPConfig(training=replace(SCHEDULE, epochs=20, halving_epochs=5))
+CSP = CSPConfig(training=replace(SCHEDULE, epochs=12))
 # Short schedules and a narrow feed-forward part: what a CPU can do for three seeds of every row.
 MSCI = MSCIConfig(stage_mlp=1.0, stage_dropout=0.0, pairs_per_step=64, training=SCHEDULE)
 RUNS: dict[str, dict[str, CompositionalConfig]] = {
