@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from benchmarks.rivals.pair_frontier import RIVALS, with_term
 from capt import ops
 
 GOAL = 2.0
+MOST_CHUNKS, MOST_SCORES = 16, 1 << 24  # that a case takes in turn; scores of all of them
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ def cases(device: str = "cpu") -> Iterator[Case]:
 
 
 def comparison(name: str, dtype: str, device: str = "cpu", backend: str | None = None) -> Comparison:
-    """``ours`` and the eager forms on the same scores; what depends on the groups alone is prepared here."""
+    """``ours`` and the eager forms on the same chunks; what depends on the groups alone is prepared here.
+
+    Every call takes another chunk: repeated scores would teach the processor which comparisons succeed.
+    """
     shape = SHAPES[name]
     # Cosines of images and texts spread by about 0.04; the released scale is 100.
-    scores = [
+    chunks = [
         ((torch.randn(shape.batch, shape.n_pairs, device=device) * 4 + 25) * shape.weight).to(DTYPES[dtype])
-        for _ in range(2)
+        for _ in range(max(2, min(MOST_CHUNKS, MOST_SCORES // (shape.batch * shape.n_pairs))))
     ]
     group = torch.randint(shape.n_groups, (shape.n_pairs,), device=device)
     group[:: shape.n_pairs // 5] = -1
@@ -78,17 +84,13 @@ def comparison(name: str, dtype: str, device: str = "cpu", backend: str | None =
         every = torch.randperm(shape.primitives[0] * shape.primitives[1], device=device)[: shape.n_pairs].sort().values
         primitives["pairs"] = torch.stack([every // shape.primitives[1], every % shape.primitives[1]], 1)
 
-    def frontier(chunk: Tensor, start: int, previous: ops.PairFrontier | None = None) -> ops.PairFrontier:
+    def fold(chunk: Tensor, start: int, previous: ops.PairFrontier | None = None) -> ops.PairFrontier:
         return ops.pair_frontier(
             chunk, group=group, n_groups=shape.n_groups, start=start, previous=previous, backend=backend, **primitives
         )
 
-    previous = frontier(scores[0], 0) if shape.later else None
+    previous = fold(chunks[-1], 0) if shape.later else None
     start = shape.n_pairs if shape.later else 0
-
-    def ours() -> tuple[Tensor, Tensor]:
-        return frontier(scores[1], start, previous)
-
     candidates = (group >= 0).nonzero().flatten()
     order = candidates[group[candidates].argsort(stable=True)]
     sizes = group[candidates].bincount(minlength=shape.n_groups).tolist()
@@ -97,27 +99,28 @@ def comparison(name: str, dtype: str, device: str = "cpu", backend: str | None =
         "by_group": (order, sizes),
         "scatter": (candidates, group[candidates], shape.n_groups),
     }
-    halves = tuple(primitives["pairs"].t().contiguous()) if primitives else None
+    columns = primitives["pairs"].t().contiguous().unbind() if primitives else None
 
-    def rival(name: str) -> Callable[[], tuple[Tensor, Tensor]]:
-        def call() -> tuple[Tensor, Tensor]:
-            chunk = scores[1]
-            if halves is not None:
-                chunk = with_term(chunk, primitives["state"], primitives["object"], halves)
-            score, pair = RIVALS[name](chunk, prepared[name])
-            if previous is None:
-                return score, pair
-            older = previous.score >= score
-            return torch.where(older, previous.score, score), torch.where(older, previous.pair, pair + start)
+    def rival(name: str, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        if columns is not None:
+            chunk = with_term(chunk, primitives["state"], primitives["object"], columns)
+        score, pair = RIVALS[name](chunk, prepared[name])
+        if previous is None:
+            return score, pair
+        older = previous.score >= score
+        return torch.where(older, previous.score, score), torch.where(older, previous.pair, pair + start)
 
-        return call
+    calls: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"ours": lambda chunk: fold(chunk, start, previous)}
+    calls |= {name: partial(rival, name) for name in RIVALS}
 
-    functions = {"ours": ours, **{name: rival(name) for name in RIVALS}}
+    def in_turn(call: Callable[[Tensor], object]) -> Callable[[], object]:
+        turns = cycle(chunks)
+        return lambda: call(next(turns))
 
     def verify() -> str:
-        found = ours()
-        for name, function in functions.items():
-            score, pair = function()
+        found = calls["ours"](chunks[0])
+        for name, call in calls.items():
+            score, pair = call(chunks[0])
             if not torch.allclose(score, found[0], rtol=1e-6, atol=0):
                 return f"{name}: other scores"
             # Of equal scores a rival may take any; a fused product and sum may even change their order.
@@ -130,4 +133,5 @@ def comparison(name: str, dtype: str, device: str = "cpu", backend: str | None =
         "pair_frontier", batch=shape.batch, n_pairs=shape.n_pairs, n_groups=shape.n_groups, n_states=n_states,
         n_objects=n_objects, dtype=DTYPES[dtype], device=device, backend=backend,
     )  # fmt: skip
+    functions = {name: in_turn(call) for name, call in calls.items()}
     return Comparison(functions, verify, plan.bytes, plan.flops, "read", {tuple(RIVALS): GOAL})

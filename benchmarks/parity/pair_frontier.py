@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity import Problem
-from capt import ops, reference
+from capt import ops
+from capt.reference_frontier import pair_frontier as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2, 3, 15, 16, 17, 31, 33, 64, 65, 127, 200, 257)
@@ -111,7 +112,7 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
     (scores,) = problem.arguments
     given = problem.options
     primitive = [given.get(name) for name in ("state", "object", "pairs")]
-    own = reference.pair_frontier(scores, given["group"], given["start"], given["n_groups"], *primitive)
+    own = reference(scores, given["group"], given["start"], given["n_groups"], *primitive)
     if [(value.shape, value.dtype) for value in found] != [(value.shape, value.dtype) for value in own]:
         return f"{problem.label}: shapes or dtypes differ from the reference"
     score, pair = found

@@ -13,7 +13,7 @@ from torch import Tensor
 NONE = float("-inf")
 
 
-def with_term(scores: Tensor, state: Tensor, object: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+def with_term(scores: Tensor, state: Tensor, object: Tensor, pairs: tuple[Tensor, ...]) -> Tensor:
     """scores + state * object of each pair; pairs (states, objects)."""
     return torch.addcmul(scores, state.index_select(1, pairs[0]), object.index_select(1, pairs[1]))
 

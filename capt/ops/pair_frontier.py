@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from capt import reference
 from capt.errors import CaptError
 from capt.ops._checks import (
     check_count,
@@ -22,6 +21,8 @@ from capt.ops._checks import (
     check_tensor,
 )
 from capt.ops._plan import HAS_TRITON, NATIVE, Dispatch, Plan, slow_half
+from capt.reference import accumulate_dtype
+from capt.reference_frontier import pair_frontier as reference
 
 OP = "pair_frontier"
 DISPATCH = Dispatch(
@@ -83,7 +84,7 @@ def pair_frontier(
     if state is not None and object is not None:
         state, object = state.detach(), object.detach()
     if chosen == "reference":
-        return PairFrontier(*reference.pair_frontier(scores, group, start, n_groups, state, object, pairs, previous))
+        return PairFrontier(*reference(scores, group, start, n_groups, state, object, pairs, previous))
     if state is not None and object is not None and pairs is not None:
         state, object, pairs = state.float().contiguous(), object.float().contiguous(), pairs.contiguous()
     earlier = (None, None) if previous is None else tuple(value.detach().contiguous() for value in previous)
@@ -152,7 +153,7 @@ def _check_arguments(
     if previous is not None:
         if not isinstance(previous, tuple) or len(previous) != 2:
             raise CaptError(f"{OP}: previous must be the result of an earlier call, found {type(previous).__name__}")
-        dtype = scores.dtype if state is None else reference.accumulate_dtype(scores.dtype)
+        dtype = scores.dtype if state is None else accumulate_dtype(scores.dtype)
         for name, value, kind in zip(("score", "pair"), previous, (dtype, torch.int64), strict=True):
             check_tensor(OP, f"previous {name}", value, (batch, n_groups))
             if value.dtype != kind:
