@@ -2,7 +2,7 @@
 
 A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``training_images.json``,
 ``summary.json`` (metrics), and a ``seed-S/MODEL`` folder each with the trained model, its logs and
-``best_pairs.safetensors``: the best seen and unseen pair of every test image, from which all metrics and figures follow.
+``best_pairs.safetensors``: best seen and unseen pair of every test image, from which all metrics and figures follow.
 """
 
 from __future__ import annotations
