@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from capt.backbones import Backbone
 
 FIRST_WORDS = "a photo of"
-_PLACES = ("x", "y")  # words of one token, where a primitive's embedding goes
+_PLACES = ("cat", "dog")  # words of one token, where a primitive's embedding goes
 
 
 class _Branch(NamedTuple):
