@@ -10,7 +10,9 @@ from PIL import Image
 
 import capt
 from capt.backbones import Backbone
-from capt.data import DataSet, ImageSet
+from capt.data import CompositionalSet, DataSet, ImageSet
+from capt.data.compositional import build_compositional
+from capt.data.sources import MemorySource
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {
@@ -63,3 +65,28 @@ def data_set(per_class: int = 6, size: int = 40, seed: int = 0) -> DataSet:
     both = ImageSet.from_images(images, labels, CLASSES)
     half = len(images) // 2
     return DataSet("tiny", both.subset(np.arange(half)), None, both.subset(np.arange(half, 2 * half)), CLASSES)
+
+
+STATES, OBJECTS = ("blue", "green", "red"), ("cat", "dog", "fox")
+SEEN = (("blue", "cat"), ("red", "dog"), ("green", "fox"), ("red", "cat"), ("blue", "dog"))
+UNSEEN = {"val": (("green", "cat"), ("blue", "fox")), "test": (("green", "dog"), ("red", "fox"))}
+
+
+def compositional_set(per_pair: int = 3, size: int = 40, seed: int = 0) -> CompositionalSet:
+    """Three states (colour of the upper half) times three objects (of the lower half); five of the pairs are seen."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (2, 3, 3))
+    images: dict[str, bytes | Image.Image] = {}
+    members: dict[str, list[tuple[str, tuple[str, str]]]] = {}
+    lists = {"train": SEEN, **{split: (*SEEN[:3], *unseen) for split, unseen in UNSEEN.items()}}
+    for split, pairs in lists.items():
+        members[split] = []
+        for state, thing in pairs:
+            for number in range(per_pair):
+                pixels = rng.normal(0, 30, (size, size, 3))
+                pixels[: size // 2] += colours[0, STATES.index(state)]
+                pixels[size // 2 :] += colours[1, OBJECTS.index(thing)]
+                name = f"{split}/{state}-{thing}-{number}.png"
+                images[name] = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                members[split].append((name, (state, thing)))
+    return build_compositional("tiny-pairs", lists, members, MemorySource(images))

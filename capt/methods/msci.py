@@ -14,7 +14,7 @@ from capt.methods.msci_config import MSCIConfig
 from capt.modules.composition_prompts import CompositionPrompts
 from capt.modules.disentangler import Disentangler
 from capt.modules.layer_aggregator import LayerAggregator
-from capt.modules.layer_maps import tap
+from capt.modules.layer_maps import layer_tap
 from capt.modules.stage_interaction import Keys, StageFusion, StageInteraction
 
 if TYPE_CHECKING:
@@ -52,27 +52,27 @@ class MSCI(CompositionalModel):
         config: MSCIConfig | None = None,
     ) -> None:
         super().__init__(backbone, states, objects, train_pairs, config)
-        own, dim = self.config, backbone.dim
-        uses_low, uses_high = own.stages not in ("high", "none"), own.stages not in ("low", "none")
+        own, dim, (uses_low, uses_high) = self.config, backbone.dim, self.config.uses
         self.prompts = CompositionPrompts(backbone, states, objects, dropout=own.prompt_dropout, chunk=own.text_chunk)
-        self.tap = tap(
+        self.tap = layer_tap(
             backbone.tower, own.n_low if uses_low else 0, own.n_high if uses_high else 0,
             adapter_width=own.adapter_width, adapter_dropout=own.adapter_dropout,
         )  # fmt: skip
         self.disentangle_state = Disentangler(dim, dropout=own.disentangler_dropout)
         self.disentangle_object = Disentangler(dim, dropout=own.disentangler_dropout)
 
-        def stage(width: int) -> StageInteraction:
+        def stage(n_layers: int, width: int) -> StageInteraction:
             # A single map that has the joint width already is used as it is.
-            aggregate = None if width == dim else LayerAggregator(width, dim, dropout=own.aggregator_dropout)
+            single = n_layers == 1 and width == dim
+            aggregator = None if single else LayerAggregator(width, dim, dropout=own.aggregator_dropout)
             return StageInteraction(
-                dim, aggregate=aggregate, n_heads=own.n_heads or max(1, dim // 64), n_layers=own.stage_layers,
+                dim, aggregator=aggregator, n_heads=own.n_heads or max(1, dim // 64), n_layers=own.stage_layers,
                 mlp_ratio=own.stage_mlp, dropout=own.stage_dropout,
             )  # fmt: skip
 
-        self.stage_low = stage(self.tap.low_width) if uses_low else None
-        self.stage_high = stage(self.tap.high_width) if uses_high else None
-        self.fusion = StageFusion(dim, fusion=own.fusion, init=own.fusion_init)
+        self.stage_low = stage(self.tap.n_low, self.tap.low_width) if uses_low else None
+        self.stage_high = stage(self.tap.n_high, self.tap.high_width) if uses_high else None
+        self.fusion = StageFusion(dim, fusion=own.fusion, init=own.fusion_init, low=uses_low, high=uses_high)
         self.to(backbone.device)
 
     # ---- images --------------------------------------------------------------------------------------
@@ -90,15 +90,12 @@ class MSCI(CompositionalModel):
         """Image vectors of the three branches and the keys of both stages, once for any number of prompts."""
         feature, low, high = self.tap(inputs)
         vectors = feature, self.disentangle_state(feature), self.disentangle_object(feature)
+        keys = StageKeys(
+            None if self.stage_low is None else self.stage_low.keys(low),
+            None if self.stage_high is None else self.stage_high.keys(high),
+        )
         pair, state, object_ = (F.normalize(vector.float(), dim=-1) for vector in vectors)
-
-        return View(
-            pair, state, object_,
-            StageKeys(
-                None if self.stage_low is None else self.stage_low.keys(low),
-                None if self.stage_high is None else self.stage_high.keys(high),
-            ),
-        )  # fmt: skip
+        return View(pair, state, object_, keys)
 
     # ---- texts ---------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from capt.errors import CaptError
 from capt.methods.compositional.model import CompositionalConfig
@@ -58,12 +58,25 @@ class MSCIConfig(CompositionalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, allowed in (("stages", get_args(Stages)), ("fusion", get_args(Fusion))):
+            if (found := getattr(self, name)) not in allowed:
+                raise CaptError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
+        if self.fusion == "dynamic" and not all(self.uses):
+            raise CaptError(f"fusion: 'dynamic' weighs two stages, but stages is {self.stages!r}; use 'static'")
+        for name, least in (("stage_layers", 1), ("adapter_width", 0)):
+            if getattr(self, name) < least:
+                raise CaptError(f"{name}: expected at least {least}, found {getattr(self, name)}")
         for name in ("n_low", "n_high"):
             if (n := getattr(self, name)) is not None and n < 1:
                 raise CaptError(f"{name}: expected at least 1, found {n}; leave a stage out with 'stages'")
         if self.pairs_per_step < 0:
             raise CaptError(f"pairs_per_step: expected 0 (all) or more, found {self.pairs_per_step}")
-        if not any(self.loss_weights) or min(self.loss_weights) < 0:
+        if len(self.loss_weights) != 3 or not any(self.loss_weights) or min(self.loss_weights) < 0:
             raise CaptError(
                 f"loss_weights: expected three weights >= 0, not all of them 0, found {list(self.loss_weights)}"
             )
+
+    @property
+    def uses(self) -> tuple[bool, bool]:
+        """Whether there is a low-level and a high-level stage."""
+        return self.stages not in ("high", "none"), self.stages not in ("low", "none")

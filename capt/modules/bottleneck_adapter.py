@@ -25,7 +25,7 @@ class BottleneckAdapter(nn.Module):
                 zero.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to x [..., dim]."""
-        hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
+        """What is to be added to x [..., dim], in the type of x; computed in that of the weights."""
+        hidden = F.dropout(F.relu(self.down(x.to(self.down.weight.dtype))), self.dropout, self.training)
         raised: Tensor = self.up(hidden)
-        return self.scale * raised
+        return (self.scale * raised).to(x.dtype)

@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from capt.backbones import Backbone
 
 FIRST_WORDS = "a photo of"
-_PLACES = ("x", "y")  # words of one token, where a primitive's embedding goes
+_PLACES = ("cat", "dog")  # words of one token, where a primitive's embedding goes
 
 
 class _Branch(NamedTuple):
-    """A text with places to be filled: embeddings [L, W]; learned tokens stand at start to stop; the end token."""
+    """Positions in a text with places to be filled: learned tokens from start to stop, and the end token."""
 
-    embeddings: Tensor
     start: int
     stop: int
     end: int
@@ -41,6 +40,8 @@ class CompositionPrompts(nn.Module):
 
     Source: three branches: MSCI (from Troika); the pair branch alone with a frozen context: CSP (arXiv 2204.03574).
     """
+
+    words: Tensor
 
     def __init__(
         self,
@@ -63,14 +64,19 @@ class CompositionPrompts(nn.Module):
             chunk: prompts encoded together.
 
         Raises:
-            CaptError: a tokenizer that makes more than one token of the words' places.
+            CaptError: a name without any word, or a tokenizer that makes more than one token of the words' places.
         """
         super().__init__()
         self.n_states, self.dropout, self.chunk = len(states), dropout, chunk
         names = [name.replace(".", " ").lower() for name in (*states, *objects)]
         self.table = nn.Parameter(_name_embeddings(backbone, names))
-        self._branches = [_branch(backbone, places) for places in ((2, 1, 1) if primitives else (2,))]
-        context = torch.stack([words.embeddings[words.start : words.start + 3] for words in self._branches])
+        words, branches = zip(
+            *(_branch(backbone, places) for places in ((2, 1, 1) if primitives else (2,))), strict=True
+        )
+        self._branches: tuple[_Branch, ...] = branches
+        self.register_buffer("words", torch.stack(words), persistent=False)  # [branches, L, W], frozen
+        start = branches[0].start
+        context = self.words[:, start : start + len(FIRST_WORDS.split())]
         self.contexts = nn.Parameter(context.clone(), requires_grad=learn_context)
 
     def dropped(self) -> Tensor:
@@ -95,17 +101,16 @@ class CompositionPrompts(nn.Module):
 
     def _encoded(self, backbone: Backbone, branch: int, rows: Tensor, table: Tensor | None) -> Tensor:
         """Features of prompts whose places hold rows [n, places] of the table."""
-        words = self._branches[branch]
+        start, stop, ends = self._branches[branch]
         tower = backbone.text_tower
-        length = words.end + 1 if tower.causal else len(words.embeddings)
-        frozen = words.embeddings[:length].to(self.table.device)
+        frozen = self.words[branch, : ends + 1 if tower.causal else None]
 
-        def encode(part: slice, table: Tensor, contexts: Tensor) -> Tensor:
-            filled = table[rows[part]]
+        def encode(chunk: slice, table: Tensor, contexts: Tensor) -> Tensor:
+            filled = table[rows[chunk]]
             context = contexts[branch].expand(len(filled), -1, -1)
-            before, after = (half.expand(len(filled), -1, -1) for half in (frozen[: words.start], frozen[words.stop :]))
+            before, after = (part.expand(len(filled), -1, -1) for part in (frozen[:start], frozen[stop:]))
             embeddings = torch.cat([before, context, filled, after], dim=1)
-            end = torch.full((len(filled),), words.end, device=embeddings.device)
+            end = torch.full((len(filled),), ends, device=embeddings.device)
             return tower.encode_embedded(embeddings.to(backbone.dtype), end)
 
         return in_chunks(encode, len(rows), self.chunk, self.dropped() if table is None else table, self.contexts)
@@ -118,12 +123,25 @@ class CompositionPrompts(nn.Module):
 def _name_embeddings(backbone: Backbone, names: Sequence[str]) -> Tensor:
     """Mean token embedding [N, W] of the word pieces of each name."""
     tokens = backbone.tokenize(names)
-    start, ends = first_token(backbone), backbone.text_tower.eot_index(tokens)
-    pieces = (row[None, start : int(end)] for row, end in zip(tokens, ends, strict=True))
+    start, ends = first_token(backbone), _words_end(backbone, tokens).tolist()
+    for name, end in zip(names, ends, strict=True):
+        if end <= start:
+            raise CaptError(f"names: the tokenizer finds no word in {name!r}; give the state or object a name of words")
+    pieces = (row[None, start:end] for row, end in zip(tokens, ends, strict=True))
     return torch.stack([backbone.embed_text(piece)[0].float().mean(0) for piece in pieces]).detach()
 
 
-def _branch(backbone: Backbone, n_places: int) -> _Branch:
+def _words_end(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """Position after the last word piece of each text, int64 [N]."""
+    probes, rows = backbone.tokenize(_PLACES), torch.arange(len(_PLACES))
+    # Where padding is the end token, the text tower's last position is a word, and differs from text to text.
+    first, second = probes[rows, backbone.text_tower.eot_index(probes)]
+    ends: Tensor = backbone.text_tower.eot_index(tokens) + int(first != second)
+    return ends
+
+
+def _branch(backbone: Backbone, n_places: int) -> tuple[Tensor, _Branch]:
+    """Embeddings [L, W] of a text with ``n_places`` places, and where its parts stand."""
     n_words = len(FIRST_WORDS.split())
     # The places are where two texts that differ in nothing else differ.
     texts = [" ".join([FIRST_WORDS, *[word] * n_places]) for word in _PLACES]
@@ -135,5 +153,5 @@ def _branch(backbone: Backbone, n_places: int) -> _Branch:
             f"tokenizer: '{texts[0]}' has its last words at positions {places}, expected one token a word; "
             "compositional prompts need such a tokenizer (CLIP's is one)"
         )
-    words = backbone.embed_text(tokens[:1])[0].detach().float()
-    return _Branch(words, start, places[-1] + 1, int(backbone.text_tower.eot_index(tokens[:1])))
+    embeddings = backbone.embed_text(tokens[:1])[0].detach().float()
+    return embeddings, _Branch(start, places[-1] + 1, int(backbone.text_tower.eot_index(tokens[:1])))

@@ -20,7 +20,7 @@ LARGEST_GRID = 14  # of maps of convolutional stages; larger ones are averaged d
 
 
 class LayerMaps(NamedTuple):
-    """What is seen of a batch of images.
+    """What is seen of a batch of images, float32 whatever the tower computes in.
 
     Attributes:
         feature: [B, d], un-normalised.
@@ -37,6 +37,7 @@ class LayerTap(nn.Module):
     """Reads :class:`LayerMaps` from a frozen tower.
 
     Attributes:
+        n_low, n_high: layers of each group.
         low_width, high_width: W and W', 0 without maps.
         input_kind: equal for taps of one tower whose :meth:`inputs` are equal.
     """
@@ -44,6 +45,21 @@ class LayerTap(nn.Module):
     low_width: int
     high_width: int
     input_kind: Hashable
+
+    def __init__(self, depth: int, unit: str, n_low: int | None, n_high: int | None) -> None:
+        """``depth``: layers of the tower, called ``unit``.
+
+        Raises:
+            CaptError: the groups overlap, or the tower is not as deep.
+        """
+        super().__init__()
+        low, high = (max(1, min(3, depth // 2)) if n is None else n for n in (n_low, n_high))
+        if min(low, high) < 0 or low + high > depth:
+            raise CaptError(
+                f"layer maps: n_low={low} and n_high={high} are {low + high} different layers, but this image tower "
+                f"has {depth} {unit}; take fewer of them, or one stage alone (stages='low' or 'high')"
+            )
+        self.n_low, self.n_high = low, high
 
     @abstractmethod
     def inputs(self, images: Tensor) -> Tensor:
@@ -63,13 +79,15 @@ class BlockTap(LayerTap):
     """
 
     def __init__(
-        self, tower: TokenTower, n_low: int, n_high: int, *, adapter_width: int = 64, adapter_dropout: float = 0.1
-    ) -> None:
-        """``adapter_width`` 0: no adapters."""
-        super().__init__()
-        self.tower, n, self.input_kind = tower, len(tower.blocks), "tokens"
-        self.low_depths, self.high_depths = range(1, n_low + 1), range(n - n_high + 1, n + 1)
-        self.low_width, self.high_width = n_low * tower.dim, n_high * tower.dim
+        self, tower: TokenTower, n_low: int | None = None, n_high: int | None = None, *, adapter_width: int = 64,
+        adapter_dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        """See :func:`layer_tap`."""
+        n = len(tower.blocks)
+        super().__init__(n, "blocks", n_low, n_high)
+        self.tower, self.input_kind = tower, "tokens"
+        self.low_depths, self.high_depths = range(1, self.n_low + 1), range(n - self.n_high + 1, n + 1)
+        self.low_width, self.high_width = self.n_low * tower.dim, self.n_high * tower.dim
         self.adapters = nn.ModuleList(
             BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout)
             for _ in range(2 * n if adapter_width else 0)
@@ -89,7 +107,7 @@ class BlockTap(LayerTap):
             if index + 1 in self.low_depths or index + 1 in self.high_depths:
                 maps[index + 1] = self.tower.project_tokens(x)
         low, high = ([maps[depth] for depth in depths] for depths in (self.low_depths, self.high_depths))
-        return LayerMaps(self.tower.project(x), _side_by_side(low), _side_by_side(high))
+        return LayerMaps(self.tower.project(x).float(), _side_by_side(low), _side_by_side(high))
 
 
 class PyramidTap(LayerTap):
@@ -103,31 +121,35 @@ class PyramidTap(LayerTap):
     """
 
     def __init__(
-        self, tower: FeatureMapTower, n_low: int, n_high: int, *, adapter_width: int = 64, adapter_dropout: float = 0.1
-    ) -> None:
-        super().__init__()
-        self.tower, self.input_kind = tower, ("stages", n_low, n_high)
-        device = next(tower.visual.parameters()).device
+        self, tower: FeatureMapTower, n_low: int | None = None, n_high: int | None = None, *, adapter_width: int = 64,
+        adapter_dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        """See :func:`layer_tap`."""
+        blank = next(tower.visual.parameters()).new_zeros(1, 3, *tower.image_hw)
         with torch.no_grad():
-            tokens, stages = tower.run_stages(torch.zeros(1, 3, *tower.image_hw, device=device))
-        groups = stages[:n_low], stages[len(stages) - n_high : -1] if n_high else []
-        self.grids = _common_grid(groups[0]), _common_grid([*groups[1], TokenGrid("final", tokens, tower.grid)])
-        self.counts = len(groups[0]), len(groups[1])
-        widths = [sum(stage.tokens.shape[2] for stage in group) for group in groups]
-        self.low_width, self.high_width = widths[0], widths[1] + tower.dim if n_high else 0
+            tokens, stages = tower.run_stages(blank)
+        super().__init__(len(stages), "stages", n_low, n_high)
+        self.tower, self.input_kind = tower, ("stages", self.n_low, self.n_high)
+        low, high = self._groups(stages)
+        self.grids = _common_grid(low), _common_grid([*high, TokenGrid("final", tokens, tower.grid)])
+        widths = [sum(stage.tokens.shape[2] for stage in group) for group in (low, high)]
+        self.low_width, self.high_width = widths[0], widths[1] + tower.dim if self.n_high else 0
         maps = (torch.Size((math.prod(grid), width)) for grid, width in zip(self.grids, widths, strict=True))
         self._shapes = [tokens.shape[1:], *maps]
         self.adapter = BottleneckAdapter(tower.width, adapter_width, dropout=adapter_dropout) if adapter_width else None
+
+    def _groups(self, stages: Sequence[TokenGrid]) -> tuple[Sequence[TokenGrid], Sequence[TokenGrid]]:
+        """The first stages, and the last ones but the deepest."""
+        return stages[: self.n_low], stages[len(stages) - self.n_high : -1]
 
     def inputs(self, images: Tensor) -> Tensor:
         """Final tokens and stage maps, [B, all of their numbers]."""
         with torch.no_grad():
             tokens, stages = self.tower.run_stages(images)
-            n_low, n_high = self.counts
-            low, high = stages[:n_low], stages[len(stages) - 1 - n_high : -1] if n_high else []
             maps = [
-                torch.cat([_pooled(stage, grid) for stage in group], dim=-1).flatten(1) if group else tokens[:, :0, 0]
-                for group, grid in zip((low, high), self.grids, strict=True)
+                torch.cat([_pooled(stage, grid) for stage in group], dim=-1).flatten(1)
+                for group, grid in zip(self._groups(stages), self.grids, strict=True)
+                if group
             ]
             return torch.cat([tokens.flatten(1), *maps], dim=1)
 
@@ -137,15 +159,17 @@ class PyramidTap(LayerTap):
         tokens, low, high = (part.reshape(len(inputs), *shape) for part, shape in zip(parts, self._shapes, strict=True))
         if self.adapter is not None:
             tokens = tokens + self.adapter(tokens)
-        final = _pooled(TokenGrid("final", self.tower.project_tokens(tokens), self.tower.grid), self.grids[1])
+        if self.n_high:
+            final = TokenGrid("final", self.tower.project_tokens(self.tower.patches(tokens)), self.tower.grid)
+            high = torch.cat([high, _pooled(final, self.grids[1])], dim=-1)
         return LayerMaps(
-            self.tower.project(tokens),
-            low if self.low_width else None,
-            torch.cat([high, final], dim=-1) if self.high_width else None,
+            self.tower.project(tokens).float(),
+            low.float() if self.n_low else None,
+            high.float() if self.n_high else None,
         )
 
 
-def tap(
+def layer_tap(
     tower: TokenTower, n_low: int | None = None, n_high: int | None = None, *, adapter_width: int = 64,
     adapter_dropout: float = 0.1,
 ) -> LayerTap:  # fmt: skip
@@ -153,29 +177,14 @@ def tap(
 
     Args:
         n_low, n_high: layers of each group; default: 3, or half of the tower's depth where that is less.
+        adapter_width, adapter_dropout: of the bottleneck adapters; width 0: none.
 
     Raises:
         CaptError: the groups overlap, or the tower is not as deep.
     """
-    pyramid = isinstance(tower, FeatureMapTower)
-    depth = len(tower.blocks) or len(_stages(tower))
-    low, high = (min(3, depth // 2) if n is None else n for n in (n_low, n_high))
-    if low < 0 or high < 0 or low + high > depth:
-        raise CaptError(
-            f"layer maps: n_low={low} and n_high={high} need {low + high} different layers, but this image tower "
-            f"({type(tower).__name__}) has {depth} {'stages' if pyramid else 'blocks'}; use less"
-        )
-    options = {"adapter_width": adapter_width, "adapter_dropout": adapter_dropout}
     if isinstance(tower, FeatureMapTower):
-        return PyramidTap(tower, low, high, **options)  # type: ignore[arg-type]
-    return BlockTap(tower, low, high, **options)  # type: ignore[arg-type]
-
-
-def _stages(tower: TokenTower) -> list[TokenGrid]:
-    assert isinstance(tower, FeatureMapTower)
-    device = next(tower.visual.parameters()).device
-    with torch.no_grad():
-        return tower.stages(torch.zeros(1, 3, *tower.image_hw, device=device))
+        return PyramidTap(tower, n_low, n_high, adapter_width=adapter_width, adapter_dropout=adapter_dropout)
+    return BlockTap(tower, n_low, n_high, adapter_width=adapter_width, adapter_dropout=adapter_dropout)
 
 
 def _common_grid(stages: Sequence[TokenGrid]) -> tuple[int, int]:
@@ -195,4 +204,4 @@ def _pooled(stage: TokenGrid, grid: tuple[int, int]) -> Tensor:
 
 
 def _side_by_side(maps: Sequence[Tensor]) -> Tensor | None:
-    return torch.cat(list(maps), dim=-1) if maps else None
+    return torch.cat(list(maps), dim=-1).float() if maps else None

@@ -64,23 +64,23 @@ class StageInteraction(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, aggregate: nn.Module | None = None, n_heads: int = 8, n_layers: int = 1,
+        self, dim: int, *, aggregator: nn.Module | None = None, n_heads: int = 8, n_layers: int = 1,
         mlp_ratio: float = 4.0, dropout: float = 0.1,
     ) -> None:  # fmt: skip
         """Create the stage.
 
         Args:
-            aggregate: makes one map [B, L, d] of what :meth:`keys` is given; None takes it as it is.
+            aggregator: makes one map [B, L, d] of what :meth:`keys` is given; None takes it as it is.
             mlp_ratio: hidden width of the feed-forward part over ``dim``.
         """
         super().__init__()
-        self.aggregate = aggregate or nn.Identity()
+        self.aggregator = aggregator or nn.Identity()
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(CrossAttentionLayer(dim, n_heads, mlp_ratio, dropout) for _ in range(n_layers))
 
     def keys(self, maps: Tensor) -> list[Keys]:
         """Keys and values of every layer for the maps [B, L, W] of each image: once for any number of prompts."""
-        normed = self.norm(self.aggregate(maps))
+        normed = self.norm(self.aggregator(maps))
         return [self._layer(index).keys(normed) for index in range(len(self.layers))]
 
     def _layer(self, index: int) -> CrossAttentionLayer:
@@ -106,9 +106,18 @@ class StageFusion(nn.Module):
     with a gate of ours.
     """
 
-    def __init__(self, dim: int, *, fusion: Fusion = "static", init: float = 0.1) -> None:
+    def __init__(
+        self, dim: int, *, fusion: Fusion = "static", init: float = 0.1, low: bool = True, high: bool = True
+    ) -> None:
+        """``low``, ``high``: the stages that there are; ``init``: of the lambdas.
+
+        Raises:
+            CaptError: a dynamic gate without two stages to weigh.
+        """
         super().__init__()
-        self.low, self.high = nn.Parameter(torch.full((dim,), init)), nn.Parameter(torch.full((dim,), init))
+        if fusion == "dynamic" and not (low and high):
+            raise CaptError("fusion: 'dynamic' weighs two stages against each other; use 'static' without one of them")
+        self.low, self.high = (nn.Parameter(torch.full((dim,), init)) if used else None for used in (low, high))
         self.gate: nn.Linear | None = None
         if fusion == "dynamic":
             self.gate = nn.Linear(2 * dim, dim)
@@ -116,11 +125,12 @@ class StageFusion(nn.Module):
 
     def forward(self, text: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
         """Prompts [R, d] and stage outputs [B, R, d] or None -> [B, R, d]."""
+        shares: tuple[Tensor | float, Tensor | float] = 1.0, 1.0
         if self.gate is not None and low is not None and high is not None:
-            share = torch.sigmoid(self.gate(torch.cat([low, high], dim=-1)))
-            return text + 2 * (share * self.low * low + (1 - share) * self.high * high)
+            share = 2 * torch.sigmoid(self.gate(torch.cat([low, high], dim=-1)))
+            shares = share, 2 - share
         fused = text
-        for weight, stage in ((self.low, low), (self.high, high)):
-            if stage is not None:
-                fused = fused + weight * stage
+        for weight, portion, stage in zip((self.low, self.high), shares, (low, high), strict=True):
+            if weight is not None and stage is not None:
+                fused = fused + portion * weight * stage
         return fused

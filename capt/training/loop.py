@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ class TrainingOptions:
                 f"training options: epochs >= 0, batch_size >= 1 and a finite lr >= 0 are needed, "
                 f"found epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}"
             )
+        hints = get_type_hints(type(self))
+        for name in ("optimizer", "schedule"):
+            if (found := getattr(self, name)) not in (known := get_args(hints[name])):
+                raise CaptError(f"{name}: expected one of {', '.join(known)}, found {found!r}")
+        if self.halving_epochs < 1:
+            raise CaptError(f"halving_epochs: expected at least 1, found {self.halving_epochs}")
 
 
 def train(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 Profile = Literal["clean", "released"]
+Weights = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class CompositionalConfig:
 
     Attributes:
         profile: ``released`` repeats what the published code does where it is odd (docs/fidelity.md): dropout and batch
-            statistics stay off after the first validation, primitive probabilities are divided by the number of text
-            chunks, infeasible pairs score 0.
+            statistics stay off after the first validation, the best epoch is chosen with weights of 1 whatever
+            ``score_weights`` are, primitive probabilities are divided by the number of text chunks, infeasible pairs
+            score 0.
         views: augmented views a training image, beside the plain one; all are encoded once and kept.
         text_chunk: prompts encoded together; bounds the memory of the text side.
         pair_chunk: pairs that meet a batch of images at a time; bounds the memory of scoring.
@@ -42,13 +45,20 @@ class CompositionalConfig:
     views: int = 0
     text_chunk: int = 256
     pair_chunk: int = 512
-    score_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    score_weights: Weights = (1.0, 1.0, 1.0)
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
-        for name in ("text_chunk", "pair_chunk"):
-            if getattr(self, name) < 1:
-                raise CaptError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.profile not in get_args(Profile):
+            raise CaptError(f"profile: expected one of {', '.join(get_args(Profile))}, found {self.profile!r}")
+        for name, least in (("text_chunk", 1), ("pair_chunk", 1), ("views", 0)):
+            if getattr(self, name) < least:
+                raise CaptError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        if len(self.score_weights) != 3 or not all(0 <= weight < math.inf for weight in self.score_weights):
+            raise CaptError(f"score_weights: expected three finite numbers >= 0, found {list(self.score_weights)}")
+        for name in (one.name for one in fields(self) if one.name.endswith("dropout")):
+            if not 0 <= getattr(self, name) < 1:
+                raise CaptError(f"{name}: expected at least 0 and less than 1, found {getattr(self, name)}")
 
 
 class PairTexts(NamedTuple):
@@ -127,8 +137,9 @@ class CompositionalModel(nn.Module):
         raise NotImplementedError
 
     def branch_logits(self, view: View, vector: Tensor, texts: Tensor) -> Tensor:
-        """Scaled cosines [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
-        return self.backbone.logit_scale * vector @ texts.T
+        """Scaled cosines float32 [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
+        with torch.autocast(vector.device.type, enabled=False):  # half precision has a handful of values between pairs
+            return self.backbone.logit_scale * vector.float() @ texts.float().T
 
     def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of a batch; ``loss`` is minimised, the others are its parts.
@@ -141,9 +152,12 @@ class CompositionalModel(nn.Module):
 
     # ---- scores --------------------------------------------------------------------------------------
 
-    def primitives(self, view: View, texts: PairTexts) -> PrimitiveFactors | None:
-        """Factors of the states and of the objects whose product is added to a pair's score; None: nothing is added."""
-        _, state_weight, object_weight = self.config.score_weights
+    def primitives(self, view: View, texts: PairTexts, weights: Weights | None = None) -> PrimitiveFactors | None:
+        """Factors of the states and of the objects whose product is added to a pair's score; None: nothing is added.
+
+        ``weights``: instead of the configured ``score_weights``.
+        """
+        _, state_weight, object_weight = weights or self.config.score_weights
         if view.state is None or view.object is None or texts.state is None or texts.object is None:
             return None
         return primitive_factors(
@@ -154,9 +168,9 @@ class CompositionalModel(nn.Module):
             copies=released_copies(texts.world or len(texts.pair)) if self.config.profile == "released" else 1,
         )
 
-    def pair_scores(self, view: View, texts: PairTexts) -> Iterator[tuple[int, Tensor]]:
-        """(first pair, weighted pair logits float32 [B, k]) of ``pair_chunk`` pairs at a time."""
-        weight = self.config.score_weights[0]
+    def pair_scores(self, view: View, texts: PairTexts, weights: Weights | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first pair, weighted pair logits float32 [B, k]) of ``pair_chunk`` pairs at a time; ``weights`` as above."""
+        weight, *_ = weights or self.config.score_weights
         for start in range(0, len(texts.pair), self.config.pair_chunk):
             prompts = texts.pair[start : start + self.config.pair_chunk]
             yield start, weight * self.branch_logits(view, view.pair, prompts).float()
@@ -211,6 +225,12 @@ class ZeroShotPairs(CompositionalModel):
     kind = "zero-shot"
 
     def texts(self, pairs: Tensor) -> PairTexts:
-        """Class texts of pairs int64 [K, 2]; ``_`` in a name counts as a space."""
-        names = [f"{self.states[state]} {self.objects[object_]}".replace("_", " ") for state, object_ in pairs.tolist()]
+        """Class texts of pairs int64 [K, 2]."""
+        states, objects = map(spoken, (self.states, self.objects))
+        names = [f"{states[state]} {objects[object_]}" for state, object_ in pairs.tolist()]
         return PairTexts(self.backbone.class_text_features(names))
+
+
+def spoken(names: Sequence[str]) -> list[str]:
+    """Names of primitives as words of a sentence: ``_`` and ``.`` join words in the published data sets."""
+    return [name.replace("_", " ").replace(".", " ") for name in names]

@@ -22,8 +22,16 @@ MODELS: dict[str, type[CompositionalModel]] = {kind.kind: kind for kind in (Zero
 
 
 def model_type(config: CompositionalConfig) -> type[CompositionalModel]:
-    """The model that these are the settings of."""
-    return next(kind for kind in MODELS.values() if kind.config_type is type(config))
+    """The model that these are the settings of.
+
+    Raises:
+        CaptError: they are of no compositional model.
+    """
+    for kind in MODELS.values():
+        if kind.config_type is type(config):
+            return kind
+    known = ", ".join(kind.config_type.__name__ for kind in MODELS.values())
+    raise CaptError(f"config: expected settings of a compositional model ({known}), found {config!r}")
 
 
 def config_from_dict(kind: str, values: Mapping[str, Any]) -> CompositionalConfig:
@@ -44,15 +52,20 @@ def load_model(folder: str | Path, backbone: Backbone) -> CompositionalModel:
     record = read_json(folder / "state.json")
     if not isinstance(record, dict) or record.get("schema") != 1 or record.get("method") not in MODELS:
         raise DamagedFileError(f"'{folder / 'state.json'}': not a compositional model of schema 1; fit it again")
-    if record["backbone"] != backbone.fingerprint():
+    if (trained_on := str(record.get("backbone"))) != backbone.fingerprint():
         raise CaptError(
-            f"'{folder}': trained on another backbone (fingerprint {record['backbone'][:16]}..., this one has "
+            f"'{folder}': trained on another backbone (fingerprint {trained_on[:16]}..., this one has "
             f"{backbone.fingerprint()[:16]}...); give the same --model and --pretrained as in run.json"
         )
     kind = record["method"]
-    model = MODELS[kind](
-        backbone, record["states"], record["objects"], torch.tensor(record["train_pairs"]).reshape(-1, 2),
-        config_from_dict(kind, record["config"]),
-    )  # fmt: skip
+    try:
+        model = MODELS[kind](
+            backbone, record["states"], record["objects"], torch.tensor(record["train_pairs"]).reshape(-1, 2),
+            config_from_dict(kind, record["config"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"'{folder / 'state.json'}': not what a '{kind}' model writes ({error!r}); fit it again"
+        ) from error
     model.restore(folder, record)
     return model.eval()

@@ -1,8 +1,8 @@
 """A run: train every seed with the test split locked, then open it once, in the closed and in the open world.
 
-A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``summary.json`` (metrics), and
-a ``seed-S/MODEL`` folder each with the trained model, its logs and ``best_pairs.safetensors``: the best seen and unseen
-pair of every test image, from which all metrics and figures follow.
+A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``training_images.json``,
+``summary.json`` (metrics), and a ``seed-S/MODEL`` folder each with the trained model, its logs and
+``best_pairs.safetensors``: best seen and unseen pair of every test image, from which all metrics and figures follow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import capt
 from capt.data.lock import TestLock, lock_test
-from capt.errors import CaptError, DataError
+from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation import BestPairs, FrontierMeter, PairSpace, feasibility_thresholds
 from capt.evaluation.protocols import aggregate_seeds
 from capt.files import read_json, save_tensors, write_json
@@ -28,13 +28,14 @@ from capt.methods.compositional.registry import config_from_dict, load_model, mo
 from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, open_world, rows, score
 from capt.methods.compositional.training import InputCache, fit_model, make_model
 from capt.methods.runs.options import Progress
-from capt.methods.runs.seeds import row_name
+from capt.methods.runs.seeds import clear_folder, row_name
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
     from capt.data import CompositionalSet
 
 _SCHEMA = 1
+_TRAINED_ON = "training_images.json"
 World = Literal["closed", "open"]
 METRICS = ("best_seen", "best_unseen", "best_hm", "auc")
 
@@ -92,6 +93,7 @@ class CompositionalRun:
         ``record``: further entries of ``run.json``, such as how the backbone was opened.
         """
         out, started = Path(out), time.perf_counter()
+        clear_folder(out)
         self._record(out, record)
         trained: dict[int, dict[str, CompositionalModel]] = {}
         for seed in self.options.seeds:
@@ -105,7 +107,6 @@ class CompositionalRun:
         return trained
 
     def _record(self, out: Path, further: Mapping[str, Any]) -> None:
-        (out / "summary.json").unlink(missing_ok=True)
         write_json(
             out / "run.json",
             {
@@ -122,6 +123,7 @@ class CompositionalRun:
                 **further,
             },
         )
+        write_json(out / _TRAINED_ON, sorted(self.data.train.names))
 
     def _update(self, out: Path, **values: Any) -> None:
         write_json(out / "run.json", {**read_json(out / "run.json"), **values})
@@ -134,7 +136,9 @@ class CompositionalRun:
         """Open the test split and score every model in every world; ``run.json`` counts how often this was done."""
         out, started = Path(out), time.perf_counter()
         self._update(out, test_opened=read_json(out / "run.json").get("test_opened", 0) + 1)
-        zero_shot = make_model(CompositionalConfig(), self.data, self.backbone).eval()
+        # Measured like the models that it stands beside.
+        profile = next(iter(self.models.values())).profile
+        zero_shot = make_model(CompositionalConfig(profile=profile), self.data, self.backbone).eval()
         records: dict[str, dict[str, dict[str, Any]]] = {}
         with self.lock.opened():
             alone = self._evaluate_one("zero-shot", zero_shot)
@@ -215,7 +219,7 @@ class CompositionalRun:
             "test_opened": record["test_opened"],
             "methods": {name: aggregate_seeds(per_seed) for name, per_seed in records.items()},
             "versions": record["versions"],
-            "hashes": record["hashes"],
+            "hashes": {**record["hashes"], "data": self.data.fingerprint()},
         }
 
 
@@ -256,15 +260,22 @@ def evaluate(
 
     Raises:
         DataError: the data set has other states, objects or training pairs, or a test image was trained on.
+        DamagedFileError: ``run.json`` is not the record of a compositional run.
+        CaptError: the backbone is not the run's.
     """
     run = Path(run)
     record = read_json(run / "run.json")
-    own = options_from_dict(record["options"])
+    try:
+        own = options_from_dict(record["options"])
+        configs = {
+            name: config_from_dict(values["kind"], {k: v for k, v in values.items() if k != "kind"})
+            for name, values in record["models"].items()
+        }
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"'{run / 'run.json'}': not the record of a compositional run ({error!r}); fit it again"
+        ) from error
     chosen = own if options is None else replace(options, seeds=own.seeds)
-    configs = {
-        name: config_from_dict(values["kind"], {k: v for k, v in values.items() if k != "kind"})
-        for name, values in record["models"].items()
-    }
     models = {
         seed: {name: load_model(run / f"seed-{seed}" / name, backbone) for name in configs} for seed in chosen.seeds
     }
@@ -280,6 +291,11 @@ def evaluate(
                 f"'{run}' was trained with {len(expected)} {what}, '{data.name}' has {len(found)}, others or in "
                 "another order; evaluate it on the data it was trained for, or fit a new run"
             )
+    if leaked := sorted(set(read_json(run / _TRAINED_ON)) & set(data.test.names)):
+        raise DataError(
+            f"'{run}' was trained on {len(leaked)} of the test images of '{data.name}', such as '{leaked[0]}'; "
+            "evaluate it on the splits it was trained with"
+        )
     return CompositionalRun(data, backbone, configs, chosen, progress=progress).evaluate(run, models, write=False)
 
 

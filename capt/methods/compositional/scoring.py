@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capt.evaluation import FrontierMeter, PairSpace, feasibility
-from capt.methods.compositional.model import CompositionalModel, PairTexts
+from capt.methods.compositional.model import CompositionalModel, PairTexts, Weights, spoken
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
@@ -30,8 +30,7 @@ def open_world(data: CompositionalSet, backbone: Backbone) -> PairSpace:
     """Every state with every object; feasibility from the frozen text features of their names."""
     seen = torch.from_numpy(data.pairs[data.split_pairs["train"]])
     state_vectors, object_vectors = (
-        backbone.class_text_features([name.replace("_", " ") for name in names]).cpu()
-        for names in (data.states, data.objects)
+        backbone.class_text_features(spoken(names)).cpu() for names in (data.states, data.objects)
     )
     plausible = feasibility(state_vectors, object_vectors, seen)
     return PairSpace.open_world(len(data.states), len(data.objects), seen, plausible)
@@ -57,6 +56,7 @@ def score(
     inputs: Callable[[Tensor], Tensor],
     labels: Tensor,
     *,
+    weights: Weights | None = None,
     thresholds: Tensor | None = None,
     top: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -69,6 +69,7 @@ def score(
         texts: of ``space``, see :func:`encode_pairs`.
         inputs: image positions int64 [B] -> the model's inputs of these images.
         labels: int64 [N, 2] (state, object) of the images.
+        weights: instead of the model's ``score_weights``.
         thresholds, top: see :class:`FrontierMeter`.
         progress: called with (images done, images).
     """
@@ -76,9 +77,9 @@ def score(
     with torch.autocast(device.type, torch.bfloat16, enabled=model.config.training.amp):
         for batch in torch.arange(len(labels)).split(IMAGES):
             view = model.look(inputs(batch))
-            factors = model.primitives(view, texts)
+            factors = model.primitives(view, texts, weights)
             terms: dict[str, Any] = {} if factors is None else factors._asdict()
-            meter.add(model.pair_scores(view, texts), labels[batch], **terms)
+            meter.add(model.pair_scores(view, texts, weights), labels[batch], **terms)
             if progress is not None:
                 progress(int(batch[-1]) + 1, len(labels))
     return meter

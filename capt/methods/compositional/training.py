@@ -27,7 +27,7 @@ class InputCache:
     """Frozen inputs of the images of a data set, shared by all models that have the same."""
 
     def __init__(self, backbone: Backbone, limit: int, progress: Progress) -> None:
-        """``limit``: bytes to keep for each kind of inputs, split and view."""
+        """``limit``: bytes to keep for each kind of inputs and split, all views together."""
         self.backbone, self.limit, self.progress = backbone, limit, progress
         self._stores: dict[tuple[Hashable, ...], TokenStore] = {}
 
@@ -35,10 +35,9 @@ class InputCache:
         """Inputs by position in ``images``; ``view``: number of an augmented view, None for the plain one."""
         key = model.input_kind, split, view
         if key not in self._stores:
-            done, what = (
-                0,
-                f"encoding {split} images for {model.kind}" + ("" if view is None else f" (view {view + 1})"),
-            )
+            done, what = 0, f"encoding {split} images for {model.kind}"
+            if view is not None:
+                what += f" (view {view + 1})"
 
             def report(count: int) -> None:
                 nonlocal done
@@ -48,7 +47,7 @@ class InputCache:
             transform = self.backbone.preprocess if view is None else self.backbone.train_transform
             self._stores[key] = TokenStore(
                 images, transform, model.inputs, seed=view, device=self.backbone.device, progress=report,
-                limit=self.limit,
+                limit=self.limit // (1 + model.config.views if split == "train" else 1),
             )  # fmt: skip
         # What was not kept is computed again, by a model that is still there.
         self._stores[key].encode = model.inputs
@@ -88,6 +87,7 @@ def fit_model(
             [plain, *(cache(model, data.train, "train", v) for v in range(config.views))], torch.arange(len(labels))
         )
         validation, space = cache(model, data.val, "val"), closed_world(data, "val")
+        answers, clean = labels_of(data, "val"), config.profile == "clean"
         best, kept = -1.0, model.state()
 
         def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -95,16 +95,21 @@ def fit_model(
 
         def after(epoch: int, epochs: int, loss: float) -> None:
             nonlocal best, kept
-            progress(f"seed {seed}: {name}, loss {loss:.3f}, validation AUC {100 * max(best, 0):.1f}", epoch, epochs)
             model.eval()
-            found = score(model, encode_pairs(model, space), space, validation, labels_of(data, "val")).best_pairs()
-            # The published code selects by its grid of biases, and never goes back to training mode.
-            curve = found.curve() if config.profile == "clean" else found.grid_curve()
-            model.train(config.profile == "clean")
+            texts = encode_pairs(model, space)
+            if clean:
+                curve = score(model, texts, space, validation, answers).best_pairs().curve()
+                model.train()
+            else:
+                # The published code selects by its grid of biases, with weights of 1 and without repeated primitives;
+                # and it never goes back to training mode.
+                texts = texts._replace(world=1)
+                curve = score(model, texts, space, validation, answers, weights=(1, 1, 1)).best_pairs().grid_curve()
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"epoch": epoch, **curve.record()}) + "\n")
             if curve.auc > best:
                 best, kept = curve.auc, {key: value.detach().clone() for key, value in model.state().items()}
+            progress(f"seed {seed}: {name}, loss {loss:.3f}, best validation AUC {100 * best:.1f}", epoch, epochs)
 
         model.train()
         train(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from capt.backbones import Backbone
 
 CHUNK = 256
+# What tells a seed's folder of any kind of run, finished or not, from one of somebody's own.
+_WRITTEN = ("few_shot.json", "*/state.json", "*/metrics.jsonl")
 
 
 @dataclass
@@ -354,5 +356,6 @@ def clear_folder(out: Path) -> None:
     (out / "summary.json").unlink(missing_ok=True)
     for folder in out.glob("seed-*"):
         # Only what a run wrote: somebody's own "seed-pictures" may lie beside it.
-        if re.fullmatch(r"seed--?\d+", folder.name) and (folder / "few_shot.json").is_file():
+        made = any(next(folder.glob(pattern), None) for pattern in _WRITTEN)
+        if re.fullmatch(r"seed--?\d+", folder.name) and made:
             shutil.rmtree(folder)
