@@ -171,17 +171,22 @@ class CompositionalRun:
     def _best_pairs(
         self, what: str, model: CompositionalModel, metrics: dict[str, float]
     ) -> Iterator[tuple[World, BestPairs]]:
-        """Best pairs of the test images in each world; thresholds go into ``metrics``. Prompts are encoded once."""
-        closed = closed_world(self.data, "test")
-        whole = open_world(self.data, self.backbone) if "open" in self.options.worlds else closed
-        texts = encode_pairs(model, whole)  # an open world has every pair of the closed one
+        """Best pairs of the test images in each world; thresholds go into ``metrics``. No prompt is encoded twice."""
+        closed = whole = encoded = closed_world(self.data, "test")
+        if "open" in self.options.worlds:
+            whole = open_world(self.data, self.backbone)
+            # A threshold that is known beforehand spares the prompts of what it drops.
+            encoded = whole if self.options.threshold is None else whole.pruned(self.options.threshold)
+        texts = encode_pairs(model, encoded)._replace(world=len(whole))
         if "closed" in self.options.worlds:
-            own = rows(texts, whole, closed)._replace(world=len(closed))
+            inside = bool((encoded.position(closed.pairs) >= 0).all())
+            own = rows(texts, encoded, closed) if inside else encode_pairs(model, closed)
+            own = own._replace(world=len(closed))
             yield "closed", self._score(f"{what}, closed world", model, own, closed, "test").best_pairs()
         if "open" in self.options.worlds:
             threshold = self._threshold(what, model, texts, whole)
             space = whole if threshold is None else whole.pruned(threshold)
-            own = rows(texts, whole, space)
+            own = rows(texts, encoded, space)
             best = self._score(f"{what}, open world", model, own, space, "test").best_pairs()
             if threshold is not None:
                 metrics |= {"open_threshold": threshold, "open_kept": len(space) / len(whole)}
