@@ -107,11 +107,7 @@ def _is_compositional(data: str) -> bool:
 
 def _check_pairs(spec: str, where: DataOptions, lists_only: bool, json: bool) -> int:
     """What is in a compositional data set, and what is wrong with it."""
-    from capt.data import load_compositional
-
-    if where.test_fraction is not None:
-        raise DataError(f"--test-fraction: '{spec}' is compositional and has its splits; leave the option out")
-    data = load_compositional(spec, where.root)
+    data = where.open_pairs(spec)
     counts = data.counts()
     problems = [
         f"{split}: no image of {kind} pairs" for split in ("val", "test") for kind in ("seen", "unseen")
