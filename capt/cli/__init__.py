@@ -68,9 +68,9 @@ def usage() -> str:
             "",
             "DATA is 'emoji' (shipped), a folder with one sub-folder a class, a CSV or JSONL list, 'coop:<data set>'",
             "with --root, or WebDataset shards; for 'fit msci' and 'fit csp' 'emoji-pairs' (shipped), a list with the",
-            "columns path, state, object and split, or 'czsl:<data set>' with --root. --model is 'embedded' or",
-            "'embedded-vit' (shipped), an open_clip name with --pretrained TAG_OR_FILE, or hf:FOLDER for a transformers",
-            "CLIP or SigLIP.",
+            "columns path, state, object and split, or 'czsl:<data set>' with --root.",
+            "--model is 'embedded' or 'embedded-vit' (shipped), an open_clip name with --pretrained TAG_OR_FILE, or",
+            "hf:FOLDER for a transformers CLIP or SigLIP.",
             "",
             "exit codes: 0 done, 2 usage, 3 data, 4 damaged file, 5 disk or memory, 6 not a number, 130 interrupted",
         ]
