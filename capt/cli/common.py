@@ -115,7 +115,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("Method")
+    table.add_column("Method", no_wrap=True)
     table.add_column("Seed")
     for metric in metrics_of(summary):
         table.add_column(metric_name(metric), justify="right")

@@ -20,8 +20,8 @@ from capt.report.summary import WORLDS, main_method, method_name, metrics_of, re
 if TYPE_CHECKING:
     from capt.data import CompositionalSet
 
-CELL, GAP = 18, 2  # pixels of a cell of the grid, and between cells
-LETTER = 6.6  # pixels a character takes in a label, at most
+CELL, GAP = 14, 1  # pixels of a cell of the grid, and between cells
+LETTER = 6.2  # pixels a character takes in a label, at most
 
 
 @dataclass(frozen=True)
