@@ -1,4 +1,4 @@
-"""capt: teach a CLIP-family model from its own confusions.
+"""capt: teach a CLIP-family model from its own confusions, and new pairs of states and objects.
 
 Names are loaded on first use, so ``import capt`` needs and loads only the core dependencies.
 """
@@ -16,6 +16,7 @@ _LAZY = {
     "Backbone": "capt.backbones",
     "ConfusionBank": "capt.bank",
     "CAPT": "capt.methods.capt",
+    "MSCI": "capt.methods.msci",
     "SemanticConfusionMiner": "capt.modules",
     "SampleConfusionMiner": "capt.modules",
     "DiffMannerAdapter": "capt.modules",

@@ -35,15 +35,19 @@ def test_the_lines_in_the_readme_run() -> None:
     from capt.backbones import import_torchvision
 
     import_torchvision()  # where torchvision's binary does not fit torch, open_clip could not be imported otherwise
-    spec = importlib.util.spec_from_file_location("drop_in", ROOT / "examples" / "drop_in.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    before, after = example.main(n_classes=10, epochs=10)
+    before, after = script("examples/drop_in.py").main(n_classes=10, epochs=10)
     assert 0 < before <= 1 and after >= before
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_lines_in_the_guide_to_msci_run() -> None:
+    page = (ROOT / "docs" / "msci.md").read_text(encoding="utf-8")
+    code = page.split("<!-- msci-lines -->\n```python\n")[1].split("\n```")[0]
+    assert len(code.splitlines()) == 10
+    found = script("examples/compositional.py").main(n_images=12, epochs=1)
+    assert 0 <= found["auc"] <= found["best_seen"] <= 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/msci.md"])
 def test_commands_that_are_shown_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("capt ")]
@@ -63,12 +67,17 @@ def test_targets_that_are_shown_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def docs_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_script", ROOT / "scripts" / "docs.py")
+def script(path: str) -> ModuleType:
+    """A file that is no part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def docs_script() -> ModuleType:
+    return script("scripts/docs.py")
 
 
 def test_benchmark_tables_come_from_the_recorded_results(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from capt.backbones import Backbone
-    from capt.data import DataSet
+    from capt.data import CompositionalSet, DataSet
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DataOptions:
     """Where a data set lies."""
 
     root: Path | None = None
-    """'coop:<data set>': the folder that holds all of them; a list of images: where its paths start."""
+    """'coop:' and 'czsl:' data sets: the folder that holds them; a list of images: where its paths start."""
     test_fraction: float | None = None
     """Data without a test split: hold out this part of every class, chosen by hash, as test images."""
     split_seed: int = 0
@@ -81,6 +81,14 @@ class DataOptions:
         from capt.data import load
 
         return load(spec, root=self.root, test_fraction=self.test_fraction, split_seed=self.split_seed)
+
+    def open_pairs(self, spec: str, **options: Any) -> CompositionalSet:
+        """Read the compositional data set ``spec``; ``options``: of its reader."""
+        from capt.data import load_compositional
+
+        if self.test_fraction is not None:
+            raise DataError(f"--test-fraction: '{spec}' is compositional and has its splits; leave the option out")
+        return load_compositional(spec, self.root, **options)
 
 
 Spec: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -107,7 +115,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("Method")
+    table.add_column("Method", no_wrap=True)
     table.add_column("Seed")
     for metric in metrics_of(summary):
         table.add_column(metric_name(metric), justify="right")

@@ -107,12 +107,8 @@ def _is_compositional(data: str) -> bool:
 
 def _check_pairs(spec: str, where: DataOptions, lists_only: bool, json: bool) -> int:
     """What is in a compositional data set, and what is wrong with it."""
-    from capt.data import load_compositional
-
-    if where.test_fraction is not None:
-        raise DataError(f"--test-fraction: '{spec}' is compositional and has its splits; leave the option out")
     options = {"warn": False} if spec.startswith("czsl:") else {}  # what it would warn of is printed as notes
-    data = load_compositional(spec, where.root, **options)
+    data = where.open_pairs(spec, **options)
     counts = data.counts()
     problems = [
         f"{split}: no image of {kind} pairs" for split in ("val", "test") for kind in ("seen", "unseen")

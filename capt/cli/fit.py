@@ -69,7 +69,7 @@ def fit_capt(
         json: print summary.json instead of a table.
     """
     summary = _fit(data, model, where, check_out(out), protocol, options, config, quiet=json)
-    _show(summary, out, json)
+    show(summary, out, json)
     return 0
 
 
@@ -108,7 +108,7 @@ def _fit_base_verb(kind: str) -> Callable[..., int]:
         """
         chosen = replace(options, base=kind)
         summary = _fit(data, model, where, check_out(out), protocol, chosen, {}, config, quiet=json)
-        _show(summary, out, json)
+        show(summary, out, json)
         return 0
 
     # Options of the settings are written without a prefix, like those of CAPT.
@@ -147,7 +147,8 @@ def demo(out: Path = Path("runs/demo"), tower: Literal["lite2", "vit"] = "lite2"
     return 0
 
 
-def _show(summary: Mapping[str, Any], out: Path, as_json: bool) -> None:
+def show(summary: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """The result of a run, for a person or for a program."""
     if as_json:
         print_json(summary)
     else:

@@ -1,10 +1,11 @@
-"""``capt evaluate``, ``capt predict`` and ``capt report``: what is done with a finished run."""
+"""``capt evaluate``, ``capt predict`` and ``capt report``: what is done with a finished run of any method."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,9 +21,14 @@ from capt.cli.common import (
     print_json,
     print_summary,
 )
-from capt.errors import DataError
+from capt.errors import CaptError, DataError
 from capt.files import read_json
 from capt.report.content import seed_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+World = Literal["closed", "open"]
 
 
 def evaluate(
@@ -33,6 +39,8 @@ def evaluate(
     where: Data = DataOptions(),  # noqa: B008 - frozen
     protocol: Literal["few-shot", "cross-dataset", "domain-generalisation"] | None = None,
     targets: tuple[str, ...] = (),
+    worlds: tuple[World, ...] = (),
+    threshold: float | None = None,
     json: bool = False,
 ) -> int:
     """Evaluate every seed of a finished run on a test split; the run's record counts how often this was done.
@@ -44,20 +52,48 @@ def evaluate(
         where: where the data sets lie.
         protocol: score a run that was trained on all classes under another protocol than its own.
         targets: further data sets, for cross-dataset and domain-generalisation.
+        worlds: compositional runs: candidate pairs, closed, open or both; default: as in the run.
+        threshold: compositional runs: feasibility below which an unseen pair of the open world is dropped.
         json: print the summary as JSON.
     """
-    from capt.methods import runs
+    if _is_compositional(run):
+        _refuse("evaluate", "a compositional run", protocol=protocol, targets=targets)
+        summary = _evaluate_pairs(run, data, model, where, worlds, threshold, quiet=json)
+    else:
+        from capt.methods import runs
 
-    _require_run(run)
-    data_set, backbone = where.open(data), model.open(run)
-    with ProgressLine(quiet=json) as progress:
-        others = [where.open(target) for target in targets]
-        summary = runs.evaluate(run, data_set, backbone, targets=others, protocol=protocol, progress=progress)
+        _refuse("evaluate", "this run, which is not compositional,", worlds=worlds, threshold=threshold)
+        data_set, backbone = where.open(data), model.open(run)
+        with ProgressLine(quiet=json) as progress:
+            others = [where.open(target) for target in targets]
+            summary = runs.evaluate(run, data_set, backbone, targets=others, protocol=protocol, progress=progress)
     if json:
         print_json(summary)
     else:
         print_summary(summary)
     return 0
+
+
+def _evaluate_pairs(
+    run: Path,
+    data: str,
+    model: RunModelOptions,
+    where: DataOptions,
+    worlds: tuple[World, ...],
+    threshold: float | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    from capt.methods.compositional.run import evaluate as evaluate_run
+    from capt.methods.compositional.run import options_from_dict
+
+    options = options_from_dict(read_json(run / "run.json")["options"])
+    if worlds:
+        options = replace(options, worlds=worlds)
+    if threshold is not None:
+        options = replace(options, threshold=threshold)
+    data_set, backbone = where.open_pairs(data), model.open(run)
+    with ProgressLine(quiet) as progress:
+        return evaluate_run(run, data_set, backbone, options=options, progress=progress)
 
 
 def predict(
@@ -68,9 +104,11 @@ def predict(
     seed: int | None = None,
     model: RunModel = RunModelOptions(),  # noqa: B008 - frozen
     top: int = 5,
+    world: World | None = None,
+    method: str | None = None,
     json: bool = False,
 ) -> int:
-    """Classify images with a finished run.
+    """Classify images with a finished run; a compositional one names pair, state and object.
 
     Args:
         run: folder of the run.
@@ -78,16 +116,24 @@ def predict(
         classes: class names to choose from; default: all classes of the run, base and novel.
         seed: which seed's weights; default: the lowest.
         model: which CLIP model the run was made with.
-        top: classes listed for an image.
+        top: classes listed for an image; of a compositional run pairs, states and objects each.
+        world: compositional runs: choose among the pairs of the run's data (closed, the default) or all (open).
+        method: compositional runs: which of the run's models, such as csp; default: its last, MSCI.
         json: print the predictions as JSON.
     """
-    from capt.methods.capt import CAPT
-
-    _require_run(run)
+    compositional = _is_compositional(run)
     if not images:
         raise DataError("no images given: capt predict RUN IMAGE...")
+    if compositional:
+        _refuse("predict", "a compositional run", classes=classes)
+    else:
+        _refuse("predict", "this run, which is not compositional,", world=world, method=method)
     pictures = [open_image(path) for path in images]
     folder = seed_folder(run, seed)
+    if compositional:
+        return _predict_pairs(run, folder, images, pictures, model, world or "closed", method, top, json)
+    from capt.methods.capt import CAPT
+
     if not (folder / "state.json").is_file():
         raise DataError(f"'{folder}': no model of CAPT there; expected a finished run of 'capt fit capt'")
     classifier = CAPT.load(folder, model.open(run))
@@ -103,9 +149,43 @@ def predict(
         return 0
     for path, found in zip(images, predictions, strict=True):
         ranked = zip(found.classes, found.probabilities, strict=True)
-        print(f"{path}: " + " · ".join(f"{name} {100 * probability:.1f} %" for name, probability in ranked))
+        print(f"{path}: " + " · ".join(f"{name} {_percent(probability)}" for name, probability in ranked))
         print(f"    confusable with: {', '.join(found.confusable_with)}; zero-shot says {found.base_class}")
     return 0
+
+
+def _predict_pairs(
+    run: Path,
+    folder: Path,
+    images: Sequence[Path],
+    pictures: Sequence[Image],
+    model: RunModelOptions,
+    world: World,
+    method: str | None,
+    top: int,
+    json: bool,
+) -> int:
+    from capt.methods.compositional import prediction
+    from capt.methods.compositional.registry import load_model
+
+    name = prediction.method_of_run(read_json(run / "run.json"), method)
+    trained = load_model(folder / name, model.open(run))
+    seed = int(folder.name.removeprefix("seed-"))
+    space = prediction.candidates(run, trained, world, seed=seed, method=name)
+    found = prediction.predict(trained, pictures, space, top=top)
+    if json:
+        print_json([{"image": str(path), **asdict(one)} for path, one in zip(images, found, strict=True)])
+        return 0
+    for path, one in zip(images, found, strict=True):
+        pairs = (f"{p.state} {p.object}{'' if p.seen else ' (unseen)'} {_percent(p.probability)}" for p in one.pairs)
+        print(f"{path}: " + " · ".join(pairs))
+        for kind, ranked in (("state", one.states), ("object", one.objects)):
+            print(f"    {kind}: " + " · ".join(f"{r.name} {_percent(r.probability)}" for r in ranked))
+    return 0
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.1f} %"
 
 
 def report(
@@ -118,7 +198,7 @@ def report(
     images: int = 8,
     markdown: bool = False,
 ) -> int:
-    """Write the HTML report of a run: result table, top confusions, misclassified images.
+    """Write the HTML report of a run: result table, figures, top confusions, misclassified images.
 
     Args:
         run: folder of the run.
@@ -131,15 +211,30 @@ def report(
     """
     from capt import report as pages
 
-    _require_run(run)
+    compositional = _is_compositional(run)
     if markdown:
         print(pages.markdown_table(pages.read_summary(run)))
         return 0
-    data_set = pages.data_of_run(run, where.open(data) if data is not None else None)
+    given = None if data is None else where.open_pairs(data) if compositional else where.open(data)
+    data_set = pages.data_of_run(run, given)
     print(pages.write_report(run, data=data_set, out=out, n_pairs=pairs, images_per_pair=images))
     return 0
 
 
-def _require_run(run: Path) -> None:
+def _is_compositional(run: Path) -> bool:
+    """Whether a run is one of (state, object) pairs.
+
+    Raises:
+        DataError: there is no such folder.
+    """
     if not run.is_dir():
         raise DataError(f"'{run}': no such folder; expected the folder of a run, the --out of 'capt fit'")
+    record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    return isinstance(record, dict) and record.get("protocol") == "compositional"
+
+
+def _refuse(verb: str, what: str, **options: Any) -> None:
+    """Raise if an option was given that this kind of run does not have."""
+    for name, value in options.items():
+        if value not in (None, ()):
+            raise CaptError(f"--{name}: 'capt {verb}' of {what} does not take it; leave it out")

@@ -18,17 +18,21 @@ class MSCIConfig(CompositionalConfig):
     """Settings of :class:`capt.methods.msci.MSCI`.
 
     Attributes:
-        n_low, n_high: layers of the low-level and the high-level map; default: 3, at most half of the tower.
+        n_low: layers of the low-level map; default: 3, at most half of the tower.
+        n_high: layers of the high-level map; default: 3, at most half of the tower.
         stages: ``serial``: the high-level stage reads what the low-level stage gave; ``parallel``: both read the
             prompts; ``low`` and ``high``: one stage alone; ``none``: no interaction.
         fusion: ``static`` lambdas as released, or the ``dynamic`` gate that the paper describes.
         fusion_init: lambdas at the start.
         n_heads: of the stages; default: 64 numbers a head.
-        stage_layers, stage_mlp, stage_dropout: cross-attention layers a stage, hidden width of their feed-forward
-            part over the joint width, and dropout.
-        adapter_width, adapter_dropout: of the bottleneck adapters in the image tower; width 0: none.
+        stage_layers: cross-attention layers a stage.
+        stage_mlp: hidden width of their feed-forward part over the joint width.
+        stage_dropout: of the stages.
+        adapter_width: of the bottleneck adapters in the image tower; 0: none.
+        adapter_dropout: of these adapters.
         prompt_dropout: of the primitives' embeddings.
-        aggregator_dropout, disentangler_dropout: as published.
+        aggregator_dropout: of the aggregated maps.
+        disentangler_dropout: of the state and object vectors of an image.
         loss_weights: of the pair, state and object cross-entropies.
         pairs_per_step: training pairs that a step compares with: those of its images and others at random; 0: all.
     """

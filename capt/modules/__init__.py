@@ -1,17 +1,26 @@
 """The parts of the methods as plain ``nn.Module``s, usable alone in somebody's own CLIP code."""
 
+from capt.modules.bottleneck_adapter import BottleneckAdapter
+from capt.modules.composition_prompts import CompositionPrompts
 from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
+from capt.modules.disentangler import Disentangler
+from capt.modules.layer_aggregator import LayerAggregator
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
 from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
 from capt.modules.semantic_evidence import SemanticEvidence
+from capt.modules.stage_interaction import StageFusion, StageInteraction
 
 __all__ = [
+    "BottleneckAdapter",
+    "CompositionPrompts",
     "ConfusionLoss",
     "DiffMannerAdapter",
+    "Disentangler",
+    "LayerAggregator",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
     "SampleConfusion",
@@ -20,5 +29,7 @@ __all__ = [
     "SemanticConfusion",
     "SemanticConfusionMiner",
     "SemanticEvidence",
+    "StageFusion",
+    "StageInteraction",
     "selectable_pairs",
 ]

@@ -8,15 +8,13 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capt.errors import MissingDependencyError
 from capt.files import write_bytes, write_json
-from capt.report.content import data_of_run, gather
+from capt.report import compositional, content
+from capt.report.content import AnyData, data_of_run
 from capt.report.summary import markdown_table, read_summary, table_rows, verdict
-
-if TYPE_CHECKING:
-    from capt.data import DataSet
 
 __all__ = ["data_of_run", "markdown_table", "read_summary", "table_rows", "verdict", "write_report"]
 
@@ -26,12 +24,13 @@ _HERE = Path(__file__).parent
 def write_report(
     run: str | Path,
     *,
-    data: DataSet | None = None,
+    data: AnyData | None = None,
     out: str | Path | None = None,
     n_pairs: int = 20,
     images_per_pair: int = 8,
 ) -> Path:
-    """Write ``index.html``, ``data.json``, ``summary.csv``, ``confusions.csv`` and ``thumbs/``.
+    """Write ``index.html``, ``data.json``, ``summary.csv``, ``confusions.csv`` and ``thumbs/``; of a compositional run
+    also ``pairs.csv``.
 
     Args:
         run: folder of a finished run (``summary.json`` in it).
@@ -54,26 +53,38 @@ def write_report(
         raise MissingDependencyError("jinja2", "the HTML report", "report") from error
     run = Path(run)
     folder = Path(out) if out is not None else run / "report"
-    content = gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
+    of_pairs = read_summary(run).get("protocol") == "compositional"
+    gather: Any = compositional.gather if of_pairs else content.gather
+    shown = gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     # The page may load nothing but its own thumbnails and this one style sheet, whatever the data contain.
     style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    html = environment.get_template("page.html").render(style=style, style_hash=style_hash, **content)
-    write_json(folder / "data.json", content)
+    page = environment.get_template("compositional.html" if of_pairs else "page.html")
+    html = page.render(style=style, style_hash=style_hash, **shown)
+    write_json(folder / "data.json", shown)
     _write_csv(
         folder / "summary.csv",
-        ["method", "seed", *(metric["key"] for metric in content["metrics"])],
-        ([row["key"], row["label"], *row["cells"]] for row in content["rows"]),
+        ["method", "seed", *(metric["key"] for metric in shown["metrics"])],
+        ([row["key"], row["label"], *row["cells"]] for row in shown["rows"]),
     )
-    methods = [method["key"] for method in content["methods"]]
+    methods = [method["key"] for method in shown["methods"]]
     _write_csv(
         folder / "confusions.csv",
         ["true", "predicted", *methods],
-        ([c["true"], c["predicted"], *(c["counts"].get(m, "") for m in methods)] for c in content["confusions"]),
+        ([c["true"], c["predicted"], *(c["counts"].get(m, "") for m in methods)] for c in shown["confusions"]),
     )
+    if of_pairs:
+        _write_csv(
+            folder / "pairs.csv",
+            ["state", "object", "seen", "images", *(f"right: {method}" for method in methods)],
+            (
+                [pair["state"], pair["object"], int(pair["seen"]), pair["images"], *pair["right"].values()]
+                for pair in shown["pairs"]
+            ),
+        )
     index = folder / "index.html"
     write_bytes(index, html.encode("utf-8", "replace"))
     return index

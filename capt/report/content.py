@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from capt.errors import CaptError, DataError
 from capt.files import read_json
@@ -22,8 +22,9 @@ from capt.report.summary import (
 
 if TYPE_CHECKING:
     from capt.bank import ConfusionBank
-    from capt.data import DataSet, ImageSet
+    from capt.data import CompositionalSet, DataSet, ImageSet
 
+AnyData: TypeAlias = "DataSet | CompositionalSet"
 THUMBNAIL = 160  # pixels, longer side
 
 
@@ -39,26 +40,32 @@ def gather(run: Path, data: DataSet | None, *, n_pairs: int, images_per_pair: in
     """
     summary = read_summary(run)
     record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    methods = list(summary["methods"])
     confusions = summary.get("top_confusions", [])[: 2 * n_pairs]
     pairs, notice = _pairs(run, summary, data, n_pairs, images_per_pair, thumbs)
     _add_counts(pairs, confusions)
     return {
-        "title": f"{summary.get('dataset', 'data set')} with {summary.get('model', 'a CLIP model')}",
-        "seeds": [str(seed) for seed in summary.get("seeds", [])],
-        "verdict": verdict(summary),
-        "metrics": [{"key": m, "name": metric_name(m), "help": metric_help(m)} for m in metrics_of(summary)],
-        "methods": [{"key": m, "name": method_name(m)} for m in methods],
-        "rows": [
-            {"method": method_name(row.method), "key": row.method, "label": row.label, "cells": list(row.cells)}
-            for row in table_rows(summary)
-        ],
+        **results(summary),
         "figure": seed_figure(summary),
         "confusions": confusions,
         "pairs": pairs,
         "notice": notice,
         "record": flatten(record),
         "summary": summary,
+    }
+
+
+def results(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What every report shows of a summary: title, verdict, and the rows of the table."""
+    return {
+        "title": f"{summary.get('dataset', 'data set')} with {summary.get('model', 'a CLIP model')}",
+        "seeds": [str(seed) for seed in summary.get("seeds", [])],
+        "verdict": verdict(summary),
+        "metrics": [{"key": m, "name": metric_name(m), "help": metric_help(m)} for m in metrics_of(summary)],
+        "methods": [{"key": m, "name": method_name(m)} for m in summary["methods"]],
+        "rows": [
+            {"method": method_name(row.method), "key": row.method, "label": row.label, "cells": list(row.cells)}
+            for row in table_rows(summary)
+        ],
     }
 
 
@@ -216,7 +223,7 @@ class ImageFinder:
         return name
 
 
-def data_of_run(run: Path, data: DataSet | None = None) -> DataSet | None:
+def data_of_run(run: Path, data: AnyData | None = None) -> AnyData | None:
     """The data set for a run's pictures: the one given, checked against the record, or the shipped one.
 
     Raises:
@@ -227,11 +234,11 @@ def data_of_run(run: Path, data: DataSet | None = None) -> DataSet | None:
     except (DataError, KeyError, TypeError):
         return data
     if data is None:
-        if record.get("name") != "emoji":
-            return None
-        from capt.data import load
+        from capt.data import load, load_compositional
 
-        data = load("emoji")
+        if record.get("name") not in ("emoji", "emoji-pairs"):
+            return None
+        data = load("emoji") if record["name"] == "emoji" else load_compositional("emoji-pairs")
     found, expected = data.fingerprint(), record.get("fingerprint")
     if expected is not None and found != expected:
         raise DataError(

@@ -25,8 +25,18 @@ METHOD_NAMES = {
     "dpc": "DPC-style",
     "capt": "CAPT",
     "full": "CAPT",
+    "csp": "CSP",
+    "msci": "MSCI",
+}
+WORLDS = ("closed", "open")
+_ON_CURVE = {
+    "best_seen": ("seen", "highest accuracy on images of seen pairs, whatever the bias"),
+    "best_unseen": ("unseen", "highest accuracy on images of unseen pairs, whatever the bias"),
+    "best_hm": ("HM", "highest harmonic mean of the two under one bias"),
+    "auc": ("AUC", "area under the seen-unseen curve"),
 }
 METRIC_NAMES = {
+    **{f"{world}_{key}": f"{world.capitalize()} {name}" for world in WORLDS for key, (name, _) in _ON_CURVE.items()},
     "base": "Base",
     "novel": "Novel",
     "hm": "HM",
@@ -39,6 +49,7 @@ METRIC_NAMES = {
     "new_error_rate": "New errors",
 }
 METRIC_HELP = {
+    **{f"{world}_{key}": f"{world} world: {text}" for world in WORLDS for key, (_, text) in _ON_CURVE.items()},
     "base": "accuracy on test images of the classes trained on",
     "novel": "accuracy on test images of classes never trained on",
     "hm": "harmonic mean of base and novel",
@@ -178,21 +189,32 @@ _SENTENCES = {
     "accuracy": "Accuracy",
     "source": "Accuracy on the data set it was trained on",
     "average": "Mean accuracy over the other data sets",
+    "closed_best_hm": "Closed world, best harmonic mean of seen and unseen",
+    "closed_auc": "Closed world, area under the seen-unseen curve",
+    "open_best_hm": "Open world, best harmonic mean of seen and unseen",
+    "open_auc": "Open world, area under the seen-unseen curve",
 }
 _RIVALS = {"linear_adapter": "an ordinary linear adapter", "plain_adapter": "a plain adapter with as many parameters",
            "tip_adapter": "a cache of the training features (Tip-Adapter)"}  # fmt: skip
 
 
+def main_method(summary: Mapping[str, Any]) -> str:
+    """Key of the method that a run is about."""
+    methods = list(summary["methods"])
+    # An ablation is judged by its full method, a base model alone by itself.
+    return next((name for name in ("capt", "full", "msci") if name in methods), methods[-1])
+
+
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences: better or worse than zero-shot, the base model and every rival."""
-    methods = summary["methods"]
-    # An ablation is judged by its full method, a base model alone by itself.
-    ours = next((name for name in ("capt", "full") if name in methods), list(methods)[-1])
+    methods, ours = summary["methods"], main_method(summary)
     if ours == REFERENCE:
         return ["This run holds zero-shot results only."]
     name, mean = method_name(ours), methods[ours]["mean"]
     shown = [metric for metric in metrics_of(summary) if metric in _SENTENCES]
     sentences = [f"{_SENTENCES[m]}: {name} {_compare(summary, m, REFERENCE, ours)}." for m in shown]
+    if summary.get("protocol") == "compositional":
+        return sentences + _against_csp(summary, ours)
     sentences.append(
         f"Of the zero-shot mistakes on the test images of trained classes {name} corrects "
         f"{100 * mean['sample_correction_rate']:.1f} %; of what zero-shot had right it breaks "
@@ -212,6 +234,19 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
                 f"{name} {word} {description} in {summed[metric]}: {_compare(summary, metric, rival, ours)}."
             )
     return sentences + _expected(summary)
+
+
+def _against_csp(summary: Mapping[str, Any], ours: str) -> list[str]:
+    """Whether the method of a compositional run beats the soft prompts that it extends."""
+    if "csp" not in summary["methods"] or ours == "csp":
+        return []
+    sentences = []
+    for metric in (metric for metric in metrics_of(summary) if metric in _SENTENCES):
+        difference = summary["methods"][ours]["mean"][metric] - summary["methods"]["csp"]["mean"][metric]
+        word = "beats" if difference > 0 else "does not beat"
+        shown = f"{method_name(ours)} {word} CSP in {metric_name(metric)[0].lower()}{metric_name(metric)[1:]}"
+        sentences.append(f"{shown}: {_compare(summary, metric, 'csp', ours)}.")
+    return sentences
 
 
 def _expected(summary: Mapping[str, Any]) -> list[str]:

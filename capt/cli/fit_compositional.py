@@ -1,0 +1,95 @@
+"""``capt fit msci`` and ``capt fit csp``: compositional zero-shot learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from capt.cli.common import Data, DataOptions, Model, ModelOptions, ProgressLine, Spec, check_out
+from capt.cli.fit import show
+from capt.methods.compositional.csp import CSPConfig
+from capt.methods.compositional.run import CompositionalOptions, CompositionalRun
+from capt.methods.msci_config import MSCIConfig
+
+if TYPE_CHECKING:
+    from capt.methods.compositional.model import CompositionalConfig
+
+Options = Annotated[CompositionalOptions, tyro.conf.arg(name="")]
+
+
+def fit_msci(
+    data: Spec,
+    /,
+    model: Model = ModelOptions(),  # noqa: B008 - frozen
+    where: Data = DataOptions(),  # noqa: B008 - frozen
+    out: Path = Path("runs/msci"),
+    options: Options = CompositionalOptions(),  # noqa: B008 - frozen
+    config: Annotated[MSCIConfig, tyro.conf.arg(name="")] = MSCIConfig(),  # noqa: B008 - frozen
+    rivals: tuple[Literal["csp"], ...] = ("csp",),
+    csp: CSPConfig = CSPConfig(),  # noqa: B008 - frozen
+    json: bool = False,
+) -> int:
+    """Train MSCI on images of (state, object) pairs and test it on pairs seen and never seen, beside zero-shot and CSP.
+
+    Args:
+        data: emoji-pairs, a list with the columns path, state, object and split, or czsl:<name> with --root.
+        model: which CLIP model is used.
+        where: where the data set lies.
+        out: folder for trained models, logs and summary.
+        options: seeds, closed and open world, feasibility.
+        config: settings of the method.
+        rivals: trained beside it for comparison; '--rivals' alone leaves CSP out.
+        csp: settings of CSP.
+        json: print summary.json instead of a table.
+    """
+    models = {"csp": csp, "msci": config} if rivals else {"msci": config}
+    return _fit(data, model, where, out, options, models, json)
+
+
+def fit_csp(
+    data: Spec,
+    /,
+    model: Model = ModelOptions(),  # noqa: B008 - frozen
+    where: Data = DataOptions(),  # noqa: B008 - frozen
+    out: Path = Path("runs/csp"),
+    options: Options = CompositionalOptions(),  # noqa: B008 - frozen
+    config: Annotated[CSPConfig, tyro.conf.arg(name="")] = CSPConfig(),  # noqa: B008 - frozen
+    json: bool = False,
+) -> int:
+    """Train CSP on images of (state, object) pairs and test it on pairs seen and never seen, beside zero-shot.
+
+    Args:
+        data: emoji-pairs, a list with the columns path, state, object and split, or czsl:<name> with --root.
+        model: which CLIP model is used.
+        where: where the data set lies.
+        out: folder for trained models, logs and summary.
+        options: seeds, closed and open world, feasibility.
+        config: settings of the method.
+        json: print summary.json instead of a table.
+    """
+    return _fit(data, model, where, out, options, {"csp": config}, json)
+
+
+def _fit(
+    data: str,
+    model: ModelOptions,
+    where: DataOptions,
+    out: Path,
+    options: CompositionalOptions,
+    models: Mapping[str, CompositionalConfig],
+    json: bool,
+) -> int:
+    check_out(out)
+    data_set = where.open_pairs(data)
+    backbone = model.open()
+    with ProgressLine(quiet=json) as progress:
+        run = CompositionalRun(data_set, backbone, models, options, progress=progress)
+        # 'predict' opens the model in the same way, and chooses among these pairs.
+        opened = {"model": model.model, "pretrained": model.pretrained}
+        trained = run.fit(out, opened_with=opened, pairs=data_set.pairs.tolist())
+        summary = run.evaluate(out, trained)
+    show(summary, out, json)
+    return 0
