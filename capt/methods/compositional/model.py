@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -132,15 +133,16 @@ class CompositionalModel(nn.Module):
         """The image side of :meth:`inputs`, with gradients to what is trained."""
         return View(F.normalize(inputs.float(), dim=-1))
 
+    @abstractmethod
     def texts(self, pairs: Tensor) -> PairTexts:
         """Prompts of pairs int64 [K, 2] and of all primitives, with gradients to what is trained."""
-        raise NotImplementedError
 
     def branch_logits(self, view: View, vector: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines float32 [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
         with torch.autocast(vector.device.type, enabled=False):  # half precision has a handful of values between pairs
             return self.backbone.logit_scale * vector.float() @ texts.float().T
 
+    @abstractmethod
     def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of a batch; ``loss`` is minimised, the others are its parts.
 
@@ -148,7 +150,6 @@ class CompositionalModel(nn.Module):
             labels: int64 [B], positions in ``train_pairs``.
             generator: CPU generator of whatever is drawn.
         """
-        raise NotImplementedError
 
     # ---- scores --------------------------------------------------------------------------------------
 
