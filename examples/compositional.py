@@ -1,6 +1,6 @@
 """MSCI as a module in a plain training loop: pairs of a state and an object, some of them never trained on.
 
-Everything comes with capt; for your own: ``capt.wrap(model, tokenizer, preprocess)`` around an open_clip or
+Model and images come with capt. For your own: ``capt.wrap(model, tokenizer, preprocess)`` around an open_clip or
 transformers CLIP, and ``load_compositional("list.csv")`` with the columns path, state, object and split.
 """
 

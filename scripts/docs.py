@@ -4,11 +4,13 @@
     python scripts/docs.py --check    change nothing, fail if something is out of date or broken
 
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
-docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py;
-in docs/results.md, between the ``tuning-table`` marks what scripts/tune_demo.py wrote, between ``base-models`` what
-scripts/base_models.py wrote, and between ``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in
-README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
-docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
+docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py, and
+between ``msci-lines`` in docs/msci.md those of examples/compositional.py. ``compositional-table`` in README.md is the
+first run of docs/results/compositional.json, ``compositional`` in docs/results.md all of them. In docs/results.md, between
+the ``tuning-table`` marks stands what scripts/tune_demo.py wrote, between ``base-models`` what scripts/base_models.py
+wrote, and between ``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
+benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one
+whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 from capt.methods.ablation import as_markdown
 from capt.report import markdown_table, verdict
-from capt.report.summary import method_name, metric_name
+from capt.report.summary import method_name, metric_name, metrics_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # 'benchmarks' is not installed
@@ -33,7 +35,8 @@ DEMO = ROOT / "docs" / "results" / "demo.json"
 TUNING = ROOT / "docs" / "results" / "tuning.json"
 BASE_MODELS = ROOT / "docs" / "results" / "base_models.json"
 ABLATION = ROOT / "docs" / "results" / "ablation.json"
-EXAMPLE = ROOT / "examples" / "drop_in.py"
+COMPOSITIONAL = ROOT / "docs" / "results" / "compositional.json"
+EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
 KERNELS = ROOT / "docs" / "kernels"
 SPEED = ROOT / "capt" / "assets" / "kernel_speed.json"
@@ -47,9 +50,11 @@ def demo_table() -> str:
     return f"{markdown_table(summary, seeds=False)}\n\n{sentences}"
 
 
-def drop_in() -> str:
-    """The lines of the example between its marks."""
-    code = EXAMPLE.read_text(encoding="utf-8").split("# --- ten lines ---\n")[1].split("    # --- end ---")[0]
+def ten_lines(example: str) -> str:
+    """The lines of an example between its marks."""
+    code = (
+        (EXAMPLES / example).read_text(encoding="utf-8").split("# --- ten lines ---\n")[1].split("    # --- end ---")[0]
+    )
     return f"```python\n{textwrap.dedent(code).rstrip()}\n```"
 
 
@@ -94,6 +99,33 @@ def base_models_table() -> str:
             + f"{100 * (ours['novel'] - f0['novel']):+.1f} points against its base model."
         )
     return "\n".join([*lines, "", *verdicts])
+
+
+def compositional_table(runs: dict[str, Any]) -> str:
+    """The first run: means of every method, and what they say."""
+    name, summary = next(iter(runs.items()))
+    sentences = "\n".join(f"- {sentence}" for sentence in verdict(summary))
+    return f"{markdown_table(summary, seeds=False)}\n\n{name}:\n\n{sentences}"
+
+
+def compositional_tables(runs: dict[str, Any]) -> str:
+    """A table for each run, by its name "<tower>, <what>", and whether MSCI is above zero-shot and CSP in it."""
+    tables_ = [f"{name}:\n\n{markdown_table(summary, seeds=False)}" for name, summary in runs.items()]
+    judged = [f"- {name}: {_above(summary)}." for name, summary in runs.items() if "msci" in summary["methods"]]
+    return "\n\n".join([*tables_, "\n".join(judged)]).rstrip()
+
+
+def _above(summary: dict[str, Any]) -> str:
+    means = {name: results["mean"] for name, results in summary["methods"].items()}
+    rivals = [name for name in ("zero_shot", "csp") if name in means]
+    shown = [metric for metric in metrics_of(summary) if metric.endswith(("_best_hm", "_auc"))]
+    not_above = [
+        f"{method_name(rival)} in {metric_name(metric)} ({100 * means['msci'][metric]:.1f} against "
+        f"{100 * means[rival][metric]:.1f})"
+        for rival in rivals for metric in shown if means["msci"][metric] <= means[rival][metric]
+    ]  # fmt: skip
+    everywhere = f"MSCI is above {' and '.join(map(method_name, rivals))} in {', '.join(map(metric_name, shown))}"
+    return f"MSCI is not above {', '.join(not_above)}" if not_above else everywhere
 
 
 def ablation_table() -> str:
@@ -150,7 +182,11 @@ def kernel_pages() -> dict[Path, str]:
 
 def generated() -> dict[str, dict[str, str]]:
     """Generated parts by page and mark; what was never recorded stays as it is."""
-    pages = {"README.md": {"drop-in": drop_in()}, "docs/results.md": {}}
+    pages = {
+        "README.md": {"drop-in": ten_lines("drop_in.py")},
+        "docs/msci.md": {"msci-lines": ten_lines("compositional.py")},
+        "docs/results.md": {},
+    }
     if DEMO.is_file():
         pages["README.md"]["demo-table"] = demo_table()
     if BENCHMARKS.is_file():
@@ -161,6 +197,10 @@ def generated() -> dict[str, dict[str, str]]:
         pages["docs/results.md"]["base-models"] = base_models_table()
     if ABLATION.is_file():
         pages["docs/results.md"]["ablation"] = ablation_table()
+    if COMPOSITIONAL.is_file():
+        runs = json.loads(COMPOSITIONAL.read_text(encoding="utf-8"))
+        pages["README.md"]["compositional-table"] = compositional_table(runs)
+        pages["docs/results.md"]["compositional"] = compositional_tables(runs)
     return pages
 
 

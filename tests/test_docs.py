@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from capt import cli
+from capt.report import read_summary
+from tests.test_report_compositional import write_example
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,3 +114,23 @@ def test_every_op_that_was_measured_has_a_page(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(docs, "KERNELS", tmp_path)
     with pytest.raises(SystemExit, match=r"no page has a mark .* for .*grid_adapter"):
         docs.kernel_pages()
+
+
+def test_tables_of_compositional_runs_judge_msci(tmp_path: Path) -> None:
+    docs, summary = docs_script(), read_summary(write_example(tmp_path))
+    text = docs.compositional_tables({"vit, all of it": summary, "vit, csp alone": without(summary, "msci")})
+    assert text.count("| **Zero-shot** | mean |") == 2 and text.startswith("vit, all of it:\n\n| Method |")
+    assert text.splitlines()[-1] == (
+        "- vit, all of it: MSCI is above Zero-shot and CSP in Closed HM, Closed AUC, Open HM, Open AUC."
+    )
+    summary["methods"]["csp"]["mean"] = {**summary["methods"]["msci"]["mean"], "closed_auc": 0.5, "closed_best_hm": 0}
+    assert docs.compositional_tables({"vit, x": summary}).splitlines()[-1] == (
+        "- vit, x: MSCI is not above CSP in Closed AUC (25.0 against 50.0), CSP in Open HM (50.0 against 50.0), "
+        "CSP in Open AUC (25.0 against 25.0)."
+    )
+    table = docs.compositional_table({"vit, x": summary})
+    assert "vit, x:\n\n- Closed world, best harmonic mean" in table and "MSCI does not beat CSP in closed AUC" in table
+
+
+def without(summary: dict[str, Any], method: str) -> dict[str, Any]:
+    return {**summary, "methods": {name: found for name, found in summary["methods"].items() if name != method}}
