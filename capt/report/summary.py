@@ -27,6 +27,10 @@ METHOD_NAMES = {
     "full": "CAPT",
     "csp": "CSP",
     "msci": "MSCI",
+    "msci_no_low": "MSCI without the low-level stage",
+    "msci_no_high": "MSCI without the high-level stage",
+    "msci_no_stages": "MSCI without both",
+    "msci_dynamic": "MSCI, dynamic fusion",
 }
 WORLDS = ("closed", "open")
 _ON_CURVE = {
