@@ -6,11 +6,11 @@
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py, and
 between ``msci-lines`` in docs/msci.md those of examples/compositional.py. ``compositional-table`` in README.md is the
-first run of docs/results/compositional.json, ``compositional`` in docs/results.md all of them. In docs/results.md,
-between the ``tuning-table`` marks stands what scripts/tune_demo.py wrote, between ``base-models`` what
-scripts/base_models.py wrote, and between ``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in
-README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
-docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
+first run of docs/results/compositional.json, ``compositional`` in docs/results.md all of them. In docs/results.md, the
+``tuning-table`` marks hold what scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and
+``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
+benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one
+whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,11 +43,12 @@ def fit_msci(
         options: seeds, closed and open world, feasibility.
         config: settings of the method.
         rivals: trained beside it for comparison; '--rivals' alone leaves CSP out.
-        csp: settings of CSP.
+        csp: settings of CSP; its profile is that of MSCI.
         json: print summary.json instead of a table.
     """
-    models = {"csp": csp, "msci": config} if rivals else {"msci": config}
-    return _fit(data, model, where, out, options, models, json)
+    # Rows of one table are measured in one way.
+    beside = {"csp": replace(csp, profile=config.profile)} if rivals else {}
+    return _fit(data, model, where, out, options, {**beside, "msci": config}, json)
 
 
 def fit_csp(
