@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -132,9 +133,9 @@ class CompositionalModel(nn.Module):
         """The image side of :meth:`inputs`, with gradients to what is trained."""
         return View(F.normalize(inputs.float(), dim=-1))
 
+    @abstractmethod
     def texts(self, pairs: Tensor) -> PairTexts:
         """Prompts of pairs int64 [K, 2] and of all primitives, with gradients to what is trained."""
-        raise NotImplementedError
 
     def branch_logits(self, view: View, vector: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines float32 [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
@@ -142,13 +143,14 @@ class CompositionalModel(nn.Module):
             return self.backbone.logit_scale * vector.float() @ texts.float().T
 
     def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Losses of a batch; ``loss`` is minimised, the others are its parts.
+        """Losses of a batch: ``loss`` is minimised, the others are its parts. Default: cross-entropy of training pairs.
 
         Args:
             labels: int64 [B], positions in ``train_pairs``.
             generator: CPU generator of whatever is drawn.
         """
-        raise NotImplementedError
+        view = self.look(inputs)
+        return {"loss": F.cross_entropy(self.branch_logits(view, view.pair, self.texts(self.train_pairs).pair), labels)}
 
     # ---- scores --------------------------------------------------------------------------------------
 
