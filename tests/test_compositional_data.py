@@ -50,7 +50,7 @@ def tiny(**changes: dict) -> CompositionalSet:
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.jsonl"])
-def test_a_list_gives_sorted_primitives_and_pairs_with_seen_and_unseen(tmp_path, name):
+def test_19_a_list_gives_sorted_primitives_and_pairs_with_seen_and_unseen(tmp_path, name):
     data = load_compositional(table(tmp_path, name=name))
     assert data.name == "list" and data.states == ("blue", "red") and data.objects == ("book", "heart")
     assert data.data.classes == ("blue book", "blue heart", "red book", "red heart")

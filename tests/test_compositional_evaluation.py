@@ -49,7 +49,7 @@ def test_20_candidates_of_a_split_are_its_pairs_and_the_seen_ones() -> None:
         meter.add([(0, torch.zeros(2, 3))], torch.tensor([[0, 0], [2, 0]]))
 
 
-def test_positions_in_the_open_world_are_state_major() -> None:
+def test_19_positions_in_the_open_world_are_state_major() -> None:
     space = PairSpace.open_world(413, 674, torch.tensor([[412, 673], [0, 5]]))
     assert len(space) == 278_362
     assert space.seen.nonzero().flatten().tolist() == [5, 278_361]

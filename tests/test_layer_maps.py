@@ -68,6 +68,18 @@ def test_02_blocks_are_tapped_from_both_ends_in_order_with_all_prefix_tokens(kin
         torch.testing.assert_close(found.high[:, 0, -tower.dim :], found.feature, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind", [*BLOCKS, "open_clip ViT, average, norm after pooling", "open_clip ViT, attention pooling", "timm ResNet"]
+)
+def test_a_projected_token_is_what_the_tower_makes_of_a_map_of_nothing_else(kind):
+    tower = wrapped(kind).tower
+    tokens = tower.run(pictures(wrapped(kind)))
+    projected = tower.project_tokens(tokens)
+    for place in (0, tokens.shape[1] - 1):
+        expected = tower.project(tokens[:, place : place + 1].expand_as(tokens))
+        torch.testing.assert_close(projected[:, place], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_02_a_single_layer_is_the_raw_projected_map_of_that_layer():
     backbone = wrapped("open_clip ViT, class token")
     tap, tower = layer_tap(backbone.tower, 1, 1), backbone.tower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from torch.nn import functional as F
 import capt
 from capt.backbones import Backbone
 from capt.errors import CaptError
+from capt.modules import stage_interaction
 from capt.modules.bottleneck_adapter import BottleneckAdapter
 from capt.modules.composition_prompts import CompositionPrompts
 from capt.modules.disentangler import Disentangler
 from capt.modules.layer_aggregator import LayerAggregator
 from capt.modules.stage_interaction import CrossAttentionLayer, StageFusion, StageInteraction
+from capt.ops import prompt_attention_shared
 from tests import tiny
 from tests.backbone_models import CONTEXT, WORDS, clip, hf_clip, hf_siglip, hf_text, word_tokenizer
 
@@ -221,6 +224,34 @@ def test_07_the_number_of_heads_changes_the_result_and_no_weight():
     assert (few(query, few.keys(maps)) - many(query, many.keys(maps))).abs().max() > 1e-3
     with pytest.raises(CaptError, match="n_heads must divide the width, found 5 heads for width 32"):
         StageInteraction(32, n_heads=5)
+
+
+@pytest.mark.parametrize("n_prompts, n_images, factor", [(1, 1, 1.0), (7, 3, 1.0), (301, 2, 1.0), (7, 3, 100.0)])
+@pytest.mark.parametrize("chained", [False, True])
+def test_11_kernels_and_reference_agree_in_both_stages(monkeypatch, n_prompts, n_images, factor, chained):
+    """Outputs, and gradients of prompts, maps and every weight; ``factor`` makes the softmax extreme."""
+    one, maps = stage(), torch.randn(n_images, 7, 32, requires_grad=True)
+    with torch.no_grad():
+        one.layers[0].query.weight.mul_(factor)
+    prompts = torch.randn(n_images, n_prompts, 32) if chained else torch.randn(n_prompts, 32)
+    prompts.requires_grad_()
+    learned = [prompts, maps, *one.parameters()]
+    found = []
+    for backend in (None, "reference"):
+        monkeypatch.setattr(
+            stage_interaction, "prompt_attention_shared", partial(prompt_attention_shared, backend=backend)
+        )
+        out = one(prompts, one.keys(maps))
+        found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), learned)])
+    for kernel, plain in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=2e-3, atol=2e-3 * float(plain.detach().abs().max()))
+
+
+def test_11_a_hundred_thousand_prompts_are_rows_like_any_other():
+    one, maps, many = StageInteraction(8, n_heads=2).eval(), torch.randn(1, 3, 8), torch.randn(100_003, 8)
+    with torch.no_grad():
+        keys = one.keys(maps)
+        torch.testing.assert_close(one(many, keys)[:, -5:], one(many[-5:], keys), rtol=1e-4, atol=1e-5)
 
 
 def test_06_a_stage_that_adds_nothing_gives_back_what_it_was_given():

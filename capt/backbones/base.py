@@ -103,6 +103,7 @@ class TokenTower(ABC):
         dim: d, width of the projected feature.
         blocks: transformer blocks; empty for convolutional towers, whose tokens are the final feature map.
         activation: name of the activation in its feed-forward parts.
+        pools_first: the feature is that of the first token alone.
     """
 
     image_hw: tuple[int, int]
@@ -112,6 +113,7 @@ class TokenTower(ABC):
     dim: int
     blocks: Sequence[TokenBlock] = ()
     activation: str = ""
+    pools_first: bool = False
 
     @abstractmethod
     def _embed(self, images: Tensor) -> Tensor: ...
@@ -123,7 +125,8 @@ class TokenTower(ABC):
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Every token through final norm and projection as if it alone were pooled: [B, L, D] to [B, L, d]."""
         # As many copies as the tower has prefix tokens, and one patch: whichever of them is pooled, it is this token.
-        alone = tokens.flatten(0, 1)[:, None].expand(-1, self.n_prefix + 1, -1)
+        copies = 1 if self.pools_first else self.n_prefix + 1
+        alone = tokens.flatten(0, 1)[:, None].expand(-1, copies, -1)
         projected: Tensor = self.project(alone).unflatten(0, tokens.shape[:2])
         return projected
 

@@ -79,6 +79,7 @@ class OpenClipViT(TokenTower):
         self.image_hw = pair(visual.image_size)
         self.grid = pair(visual.grid_size)
         self.n_prefix = 1
+        self.pools_first = visual.attn_pool is None and visual.pool_type == "tok"
         self.width = transformer.width
         self.dim = dim
         self.blocks = [ResidualBlock(block, transformer.batch_first) for block in transformer.resblocks]

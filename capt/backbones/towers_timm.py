@@ -64,6 +64,7 @@ class TimmViT(TokenTower):
         self.image_hw = pair(trunk.patch_embed.img_size or visual.image_size)
         self.grid = pair(trunk.patch_embed.grid_size)
         self.n_prefix = trunk.num_prefix_tokens
+        self.pools_first = trunk.attn_pool is None and trunk.global_pool == "token"
         self.width = trunk.embed_dim
         self.dim = dim
         self.blocks = [TimmBlock(b, type(b).__name__ == "ResPostBlock") for b in trunk.blocks]

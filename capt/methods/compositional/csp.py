@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, PairTexts
 from capt.modules.composition_prompts import CompositionPrompts
@@ -62,8 +60,3 @@ class CSP(CompositionalModel):
     def texts(self, pairs: Tensor) -> PairTexts:
         """Prompts of pairs int64 [K, 2], with gradients to the primitives."""
         return PairTexts(self.prompts.pairs(self.backbone, pairs.to(self.train_pairs.device)))
-
-    def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Cross-entropy over all training pairs."""
-        view = self.look(inputs)
-        return {"loss": F.cross_entropy(self.branch_logits(view, view.pair, self.texts(self.train_pairs).pair), labels)}

@@ -142,14 +142,15 @@ class CompositionalModel(nn.Module):
         with torch.autocast(vector.device.type, enabled=False):  # half precision has a handful of values between pairs
             return self.backbone.logit_scale * vector.float() @ texts.float().T
 
-    @abstractmethod
     def losses(self, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Losses of a batch; ``loss`` is minimised, the others are its parts.
+        """Losses of a batch: ``loss`` is minimised, the others are its parts. Default: cross-entropy of training pairs.
 
         Args:
             labels: int64 [B], positions in ``train_pairs``.
             generator: CPU generator of whatever is drawn.
         """
+        view = self.look(inputs)
+        return {"loss": F.cross_entropy(self.branch_logits(view, view.pair, self.texts(self.train_pairs).pair), labels)}
 
     # ---- scores --------------------------------------------------------------------------------------
 
