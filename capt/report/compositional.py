@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from capt.data import CompositionalSet
 
 CELL, GAP = 14, 1  # pixels of a cell of the grid, and between cells
-LETTER = 6.2  # pixels a character takes in a label, at most
+LETTER = 7  # pixels a character takes in a label, at most
 
 
 @dataclass(frozen=True)
