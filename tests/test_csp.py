@@ -77,3 +77,5 @@ def test_settings_name_their_model():
         model_type(TrainingOptions())
     with pytest.raises(CaptError, match="prompt_dropout: expected at least 0"):
         CSPConfig(prompt_dropout=1.5)
+    with pytest.raises(CaptError, match="CSP scores pairs alone, so the first weight must be above 0"):
+        CSPConfig(score_weights=(0, 1, 1))

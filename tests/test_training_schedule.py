@@ -111,6 +111,9 @@ def test_decay_reaches_vectors_only_when_asked_to(optimizer):
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, adam, adamw_raw_eps, found 'lion'"),
         ({"schedule": "steps"}, "schedule: expected one of cosine, halving, found 'steps'"),
         ({"halving_epochs": 0}, "halving_epochs: expected at least 1, found 0"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a finite number >= 0, found nan"),
+        ({"clip_norm": float("inf")}, "clip_norm: expected a finite number"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs: expected a finite number >= 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(values, message):

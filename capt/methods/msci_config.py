@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -67,17 +68,22 @@ class MSCIConfig(CompositionalConfig):
                 raise CaptError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
         if self.fusion == "dynamic" and not all(self.uses):
             raise CaptError(f"fusion: 'dynamic' weighs two stages, but stages is {self.stages!r}; use 'static'")
-        for name, least in (("stage_layers", 1), ("adapter_width", 0)):
-            if getattr(self, name) < least:
-                raise CaptError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+        for name, least in (("stage_layers", 1), ("adapter_width", 0), ("n_heads", 1)):
+            if (found := getattr(self, name)) is not None and found < least:
+                raise CaptError(f"{name}: expected at least {least}, found {found}")
+        if not 0 < self.stage_mlp < math.inf:
+            raise CaptError(f"stage_mlp: expected a finite number above 0, found {self.stage_mlp}")
+        if not math.isfinite(self.fusion_init):
+            raise CaptError(f"fusion_init: expected a finite number, found {self.fusion_init}")
         for name in ("n_low", "n_high"):
             if (n := getattr(self, name)) is not None and n < 1:
                 raise CaptError(f"{name}: expected at least 1, found {n}; leave a stage out with 'stages'")
         if self.pairs_per_step < 0:
             raise CaptError(f"pairs_per_step: expected 0 (all) or more, found {self.pairs_per_step}")
-        if len(self.loss_weights) != 3 or not any(self.loss_weights) or min(self.loss_weights) < 0:
+        weights = self.loss_weights
+        if len(weights) != 3 or not any(weights) or not all(0 <= weight < math.inf for weight in weights):
             raise CaptError(
-                f"loss_weights: expected three weights >= 0, not all of them 0, found {list(self.loss_weights)}"
+                f"loss_weights: expected three finite weights >= 0, not all of them 0, found {list(weights)}"
             )
 
     @property

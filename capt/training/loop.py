@@ -60,6 +60,9 @@ class TrainingOptions:
         for name in ("optimizer", "schedule"):
             if (found := getattr(self, name)) not in (known := get_args(hints[name])):
                 raise CaptError(f"{name}: expected one of {', '.join(known)}, found {found!r}")
+        for name in ("weight_decay", "warmup_epochs", "clip_norm"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise CaptError(f"{name}: expected a finite number >= 0, found {value}")
         if self.halving_epochs < 1:
             raise CaptError(f"halving_epochs: expected at least 1, found {self.halving_epochs}")
 

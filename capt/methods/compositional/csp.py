@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from capt.errors import CaptError
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, PairTexts
 from capt.modules.composition_prompts import CompositionPrompts
 from capt.training.loop import TrainingOptions
@@ -31,6 +32,14 @@ class CSPConfig(CompositionalConfig):
             warmup_epochs=0.0, clip_norm=0.0,
         )
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_weights[0] == 0:
+            raise CaptError(
+                f"score_weights: CSP scores pairs alone, so the first weight must be above 0, "
+                f"found {list(self.score_weights)}"
+            )
 
 
 class CSP(CompositionalModel):

@@ -55,8 +55,11 @@ class CompositionalConfig:
         for name, least in (("text_chunk", 1), ("pair_chunk", 1), ("views", 0)):
             if getattr(self, name) < least:
                 raise CaptError(f"{name}: expected at least {least}, found {getattr(self, name)}")
-        if len(self.score_weights) != 3 or not all(0 <= weight < math.inf for weight in self.score_weights):
-            raise CaptError(f"score_weights: expected three finite numbers >= 0, found {list(self.score_weights)}")
+        weights = self.score_weights
+        if len(weights) != 3 or not any(weights) or not all(0 <= weight < math.inf for weight in weights):
+            raise CaptError(
+                f"score_weights: expected three finite numbers >= 0, not all of them 0, found {list(weights)}"
+            )
         for name in (one.name for one in fields(self) if one.name.endswith("dropout")):
             if not 0 <= getattr(self, name) < 1:
                 raise CaptError(f"{name}: expected at least 0 and less than 1, found {getattr(self, name)}")

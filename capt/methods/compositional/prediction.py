@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from capt.errors import CaptError, DataError
-from capt.evaluation import PairSpace, feasibility
+from capt.evaluation import PairSpace
 from capt.files import read_json
 from capt.methods.compositional.model import CompositionalModel, PairTexts, View
 from capt.methods.compositional.run import World
-from capt.methods.compositional.scoring import IMAGES, encode_pairs
+from capt.methods.compositional.scoring import IMAGES, all_pairs, encode_pairs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,12 +72,7 @@ def candidates(run: str | Path, model: CompositionalModel, world: World, *, seed
     """
     run, seen = Path(run), model.train_pairs.cpu()
     if world == "open":
-        state_vectors, object_vectors = (
-            model.backbone.class_text_features([name.replace("_", " ") for name in names]).cpu()
-            for names in (model.states, model.objects)
-        )
-        plausible = feasibility(state_vectors, object_vectors, seen)
-        space = PairSpace.open_world(len(model.states), len(model.objects), seen, plausible)
+        space = all_pairs(model.backbone, model.states, model.objects, seen)
         threshold = _threshold(run, seed, method)
         return space if threshold is None else space.pruned(threshold)
     listed = read_json(run / "run.json").get("pairs")

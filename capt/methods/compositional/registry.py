@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capt.errors import CaptError, DamagedFileError
+from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import read_json
 from capt.methods.compositional.csp import CSP
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, ZeroShotPairs
@@ -49,6 +49,8 @@ def load_model(folder: str | Path, backbone: Backbone) -> CompositionalModel:
         CaptError: ``backbone`` is not the one it was trained on.
     """
     folder = Path(folder)
+    if not (folder / "state.json").is_file():
+        raise DataError(f"'{folder / 'state.json'}': no trained model there; was the run interrupted? Fit it again")
     record = read_json(folder / "state.json")
     if not isinstance(record, dict) or record.get("schema") != 1 or record.get("method") not in MODELS:
         raise DamagedFileError(f"'{folder / 'state.json'}': not a compositional model of schema 1; fit it again")

@@ -7,8 +7,10 @@ A run folder holds ``run.json`` (what was run, and how often the test split was 
 
 from __future__ import annotations
 
+import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +40,11 @@ _SCHEMA = 1
 _TRAINED_ON = "training_images.json"
 World = Literal["closed", "open"]
 METRICS = ("best_seen", "best_unseen", "best_hm", "auc")
+# What follows from a split with images of one kind alone.
+_EMPTY = {
+    "val": "the epoch is chosen by accuracy instead of AUC, and the feasibility threshold not at all",
+    "test": "that accuracy, HM and AUC are 0",
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,12 @@ class CompositionalOptions:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise CaptError(f"seeds must be distinct and at least one, found {list(self.seeds)}")
+        if min(self.seeds) < 0:
+            raise CaptError(f"seeds must be 0 or more, found {list(self.seeds)}")
         if not self.worlds or not set(self.worlds) <= {"closed", "open"} or len(set(self.worlds)) != len(self.worlds):
             raise CaptError(f"worlds: expected 'closed', 'open' or both, found {list(self.worlds)}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise CaptError(f"threshold: expected a finite number, found {self.threshold}")
         if self.n_thresholds < 0:
             raise CaptError(f"n_thresholds: expected 0 or more, found {self.n_thresholds}")
 
@@ -93,6 +104,18 @@ class CompositionalRun:
         ``record``: further entries of ``run.json``, such as how the backbone was opened.
         """
         out, started = Path(out), time.perf_counter()
+        # Settings that do not fit this backbone are refused before an earlier run is removed and anything is trained.
+        with torch.random.fork_rng(devices=[]):
+            for config in self.models.values():
+                make_model(config, self.data, self.backbone)
+        for split, counts in self.data.counts().items():
+            for kind in ("seen", "unseen"):
+                if split != "train" and not counts[f"{kind}_images"]:
+                    warnings.warn(
+                        f"{self.data.name}: no {split} image shows {'a seen' if kind == 'seen' else 'an unseen'} pair, "
+                        f"so {_EMPTY[split]}",
+                        stacklevel=2,
+                    )
         clear_folder(out)
         self._record(out, record)
         trained: dict[int, dict[str, CompositionalModel]] = {}

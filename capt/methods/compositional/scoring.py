@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +27,18 @@ def closed_world(data: CompositionalSet, split: str) -> PairSpace:
 
 
 def open_world(data: CompositionalSet, backbone: Backbone) -> PairSpace:
-    """Every state with every object; feasibility from the frozen text features of their names."""
-    seen = torch.from_numpy(data.pairs[data.split_pairs["train"]])
-    state_vectors, object_vectors = (
-        backbone.class_text_features(spoken(names)).cpu() for names in (data.states, data.objects)
-    )
+    """Every state of a data set with every object, see :func:`all_pairs`."""
+    return all_pairs(backbone, data.states, data.objects, torch.from_numpy(data.pairs[data.split_pairs["train"]]))
+
+
+def all_pairs(backbone: Backbone, states: Sequence[str], objects: Sequence[str], seen: Tensor) -> PairSpace:
+    """Every state with every object, with the feasibility that the frozen text features of their names give.
+
+    seen: int64 [M, 2] (state, object), the training pairs.
+    """
+    state_vectors, object_vectors = (backbone.class_text_features(spoken(names)).cpu() for names in (states, objects))
     plausible = feasibility(state_vectors, object_vectors, seen)
-    return PairSpace.open_world(len(data.states), len(data.objects), seen, plausible)
+    return PairSpace.open_world(len(states), len(objects), seen, plausible)
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ class InputCache:
 
     def __call__(self, model: CompositionalModel, images: ImageSet, split: str, view: int | None = None) -> TokenStore:
         """Inputs by position in ``images``; ``view``: number of an augmented view, None for the plain one."""
-        key = model.input_kind, split, view
+        # Under autocast they have other values; what a model is given must not depend on those before it.
+        key = model.input_kind, model.config.training.amp, split, view
         if key not in self._stores:
             done, what = 0, f"encoding {split} images for {model.kind}"
             if view is not None:
@@ -71,6 +72,8 @@ def fit_model(
 ) -> CompositionalModel:
     """Train one model and leave it at the epoch with the best validation AUC (closed world, exact curve).
 
+    Validation images that are all of seen or all of unseen pairs have no AUC: their best accuracy takes its place.
+
     ``metrics.jsonl`` and ``validation.jsonl`` in ``folder`` hold losses and validation metrics of every epoch.
     """
     device = cache.backbone.device
@@ -107,9 +110,11 @@ def fit_model(
                 curve = score(model, texts, space, validation, answers, weights=(1, 1, 1)).best_pairs().grid_curve()
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"epoch": epoch, **curve.record()}) + "\n")
-            if curve.auc > best:
-                best, kept = curve.auc, {key: value.detach().clone() for key, value in model.state().items()}
-            progress(f"seed {seed}: {name}, loss {loss:.3f}, best validation AUC {100 * best:.1f}", epoch, epochs)
+            both = curve.n_seen and curve.n_unseen
+            measure, value = ("AUC", curve.auc) if both else ("accuracy", max(curve.best_seen, curve.best_unseen))
+            if value > best:
+                best, kept = value, {key: value.detach().clone() for key, value in model.state().items()}
+            progress(f"seed {seed}: {name}, loss {loss:.3f}, best validation {measure} {100 * best:.1f}", epoch, epochs)
 
         model.train()
         train(
