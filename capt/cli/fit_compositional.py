@@ -89,9 +89,9 @@ def _fit(
     backbone = model.open()
     with ProgressLine(quiet=json) as progress:
         run = CompositionalRun(data_set, backbone, models, options, progress=progress)
-        # 'predict' opens the model in the same way, and chooses among these pairs.
+        # 'evaluate' and 'predict' open the model in the same way.
         opened = {"model": model.model, "pretrained": model.pretrained}
-        trained = run.fit(out, opened_with=opened, pairs=data_set.pairs.tolist())
+        trained = run.fit(out, opened_with=opened)
         summary = run.evaluate(out, trained)
     show(summary, out, json)
     return 0

@@ -140,6 +140,7 @@ class CompositionalRun:
                 "options": asdict(self.options),
                 "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
                 "data": self.data.record(),
+                "pairs": self.data.pairs.tolist(),  # 'predict' chooses among these
                 "versions": {"capt": capt.__version__, "torch": torch.__version__, "python": platform.python_version()},
                 "hashes": {"backbone": self.backbone.fingerprint(), "data": self.data.fingerprint()},
                 "test_opened": 0,
