@@ -90,3 +90,23 @@ def test_a_run_that_was_interrupted_says_so(tmp_path):
     (tmp_path / "seed-3" / "csp" / "state.json").unlink()
     with pytest.raises(DataError, match=r"state\.json': no trained model there; was the run interrupted"):
         evaluate(tmp_path, DATA, backbone())
+
+
+def test_models_that_are_measured_differently_are_not_put_side_by_side():
+    models = {"csp": CSP, "msci": replace(CONFIG, profile="released")}
+    with pytest.raises(CaptError, match="all need the same one, found csp 'clean', msci 'released'"):
+        CompositionalRun(DATA, backbone(), models)
+
+
+@pytest.mark.parametrize("worlds", [("closed",), ("open",)])
+def test_a_pair_whose_name_is_too_long_is_found_before_training(tmp_path, worlds):
+    """Each of its parts fits; zero-shot, which needs both, is scored last."""
+    long = "very " * 8 + "{}"
+    data = replace(
+        DATA, states=(long.format("blue"), *DATA.states[1:]), objects=(long.format("cat"), *DATA.objects[1:])
+    )
+    classes = tuple(f"{data.states[state]} {data.objects[object_]}" for state, object_ in data.pairs)
+    data = replace(data, data=replace(data.data, classes=classes))
+    with pytest.raises(CaptError, match="does not fit into 24 tokens"):
+        CompositionalRun(data, backbone(), {"csp": CSP}, replace(OPTIONS, worlds=worlds)).fit(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -90,6 +90,10 @@ class CompositionalRun:
         """Prepare; no image is opened yet. ``models``: settings by row name."""
         if row_name("zero-shot") in models or not models:
             raise CaptError(f"models: expected at least one, none called 'zero_shot', found {list(models)}")
+        profiles = {name: config.profile for name, config in models.items()}
+        if len(set(profiles.values())) > 1:
+            found = ", ".join(f"{name} {profile!r}" for name, profile in profiles.items())
+            raise CaptError(f"profile: models of one run are compared, so all need the same one, found {found}")
         self.lock = TestLock()
         self.data = replace(data, data=lock_test(data.data, self.lock))
         self.backbone, self.models, self.options = backbone, dict(models), options or CompositionalOptions()
@@ -104,10 +108,7 @@ class CompositionalRun:
         ``record``: further entries of ``run.json``, such as how the backbone was opened.
         """
         out, started = Path(out), time.perf_counter()
-        # Settings that do not fit this backbone are refused before an earlier run is removed and anything is trained.
-        with torch.random.fork_rng(devices=[]):
-            for config in self.models.values():
-                make_model(config, self.data, self.backbone)
+        self._try()
         for split, counts in self.data.counts().items():
             for kind in ("seen", "unseen"):
                 if split != "train" and not counts[f"{kind}_images"]:
@@ -128,6 +129,16 @@ class CompositionalRun:
                 trained[seed][name] = model
         self._update(out, training_seconds=round(time.perf_counter() - started, 1))
         return trained
+
+    def _try(self) -> None:
+        """Refuse settings and names that do not fit the backbone before anything is removed or trained."""
+        with torch.random.fork_rng(devices=[]):
+            for config in self.models.values():
+                make_model(config, self.data, self.backbone)
+        longest = max(self.data.data.classes, key=len)
+        if "open" in self.options.worlds:
+            longest = " ".join(max(names, key=len) for names in (self.data.states, self.data.objects))
+        self.backbone.class_text_features([longest])
 
     def _record(self, out: Path, further: Mapping[str, Any]) -> None:
         write_json(
