@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -135,9 +136,9 @@ class CompositionalModel(nn.Module):
         """The image side of :meth:`inputs`, with gradients to what is trained."""
         return View(F.normalize(inputs.float(), dim=-1))
 
+    @abstractmethod
     def texts(self, pairs: Tensor) -> PairTexts:
         """Prompts of pairs int64 [K, 2] and of all primitives, with gradients to what is trained."""
-        raise NotImplementedError
 
     def branch_logits(self, view: View, vector: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines float32 [B, K] between image vectors [B, d] of ``view`` and unit-norm prompts [K, d]."""
@@ -151,7 +152,7 @@ class CompositionalModel(nn.Module):
             labels: int64 [B], positions in ``train_pairs``.
             generator: CPU generator of whatever is drawn.
         """
-        raise NotImplementedError
+        raise CaptError(f"'{self.kind}' has nothing to train")
 
     # ---- scores --------------------------------------------------------------------------------------
 
