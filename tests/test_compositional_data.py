@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from capt.cli import main
-from capt.data import CompositionalSet, load_compositional
+from capt.data import CompositionalSet, load, load_compositional
 from capt.data.compositional import build_compositional
 from capt.data.sources import MemorySource
 from capt.errors import DataError
@@ -150,6 +150,12 @@ def test_pair_lists_and_images_that_do_not_fit_are_named(changes, words):
 def test_an_image_stays_in_its_split_when_only_another_list_has_its_pair():
     data = tiny(members={"test": [("x", ("red", "book"))]})
     assert data.test.names == ["x"] and data.data.classes[data.test.labels[0]] == "red book"
+
+
+@pytest.mark.parametrize("spec", ["emoji-pairs", "czsl:cgqa"])
+def test_a_compositional_set_where_classes_are_needed_is_named_as_such(spec, tmp_path):
+    with pytest.raises(DataError, match="a compositional data set, for load_compositional, 'capt fit msci'"):
+        load(spec, root=tmp_path)
 
 
 def test_unknown_specs_and_options_say_what_there_is(tmp_path):

@@ -141,6 +141,14 @@ def test_page_is_static_accessible_and_escapes_names(tmp_path: Path) -> None:
     assert len(page.named("path")) == 2 * 5  # two worlds
 
 
+def test_the_page_says_where_the_table_is_not_of_the_curves(tmp_path: Path) -> None:
+    run = write_example(tmp_path)
+    sentence = "those of these exact curves differ"
+    assert sentence not in write_report(run).read_text(encoding="utf-8")
+    write_json(run / "run.json", {**read_json(run / "run.json"), "models": {"msci": {"profile": "released"}}})
+    assert sentence in write_report(run).read_text(encoding="utf-8")
+
+
 def test_a_run_of_one_world_shows_one_curve(tmp_path: Path) -> None:
     index = write_report(write_example(tmp_path / "run", worlds=("open",)))
     content = json.loads((index.parent / "data.json").read_text(encoding="utf-8"))

@@ -65,6 +65,11 @@ def load(
 
 def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, options: dict[str, Any]) -> DataSet:
     text = str(spec) if isinstance(spec, (str, Path)) else ""
+    if text == "emoji-pairs" or text.startswith("czsl:"):
+        raise DataError(
+            f"'{text}': a compositional data set, for load_compositional, 'capt fit msci' and 'capt fit csp'; here one "
+            f"with classes is needed: {_FORMS}"
+        )
     if text.startswith("coop:"):
         if root is None:
             raise DataError(f"'{text}': root is missing; pass the folder that holds the data sets")

@@ -102,6 +102,7 @@ def gather(
     return {
         **results(summary),
         "world": worlds[0],
+        "released": any(one.get("profile") == "released" for one in record.get("models", {}).values()),
         "main": method_name(main_method(summary)),
         "curves": [curve_figure(outcomes[world], world, seeds) for world in worlds],
         "mistakes": [_mistakes(method, found) for method, found in main.items()],
