@@ -2,6 +2,14 @@
 
 from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
+from capt.modules.long_tail_losses import (
+    AsymmetricLoss,
+    BinaryCrossEntropy,
+    ClassBalancedLoss,
+    DistributionBalancedLoss,
+    FocalLoss,
+    long_tail_loss,
+)
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
@@ -10,8 +18,13 @@ from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticCon
 from capt.modules.semantic_evidence import SemanticEvidence
 
 __all__ = [
+    "AsymmetricLoss",
+    "BinaryCrossEntropy",
+    "ClassBalancedLoss",
     "ConfusionLoss",
     "DiffMannerAdapter",
+    "DistributionBalancedLoss",
+    "FocalLoss",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
     "SampleConfusion",
@@ -20,5 +33,6 @@ __all__ = [
     "SemanticConfusion",
     "SemanticConfusionMiner",
     "SemanticEvidence",
+    "long_tail_loss",
     "selectable_pairs",
 ]
