@@ -73,8 +73,10 @@ def asymmetric_loss(
         return reference.asymmetric_loss(logits, targets, gamma_pos, gamma_neg, margin, eps, reduction)
     if targets.dtype not in (torch.bool, torch.uint8, torch.float32):
         targets = targets.float()
-    op = torch.ops.capt_triton.asymmetric_loss if chosen == "triton" else torch.ops.capt.asymmetric_loss
-    loss: Tensor = op(logits, targets, gamma_pos, gamma_neg, margin, eps, REDUCTIONS.index(reduction))[0]
+    op = (torch.ops.capt_triton if chosen == "triton" else torch.ops.capt).asymmetric_loss.default
+    arguments = (logits, targets, gamma_pos, gamma_neg, margin, eps, REDUCTIONS.index(reduction))
+    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    loss: Tensor = (_Direct.apply(op, *arguments) if plain else op(*arguments))[0]
     return loss
 
 
@@ -139,6 +141,21 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None) -> tupl
         raise second_derivative(OP)
     (slope,) = ctx.saved_tensors
     return None if grad is None else (slope * grad).to(ctx.dtype), None, None, None, None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The same, without torch.library's layer around it, which costs a small batch more than its loss."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[Tensor, Tensor] = op(*arguments)
+        _save(ctx, arguments, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_gradients(ctx, *grads)
 
 
 def _complete(namespace: str) -> None:
