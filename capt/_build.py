@@ -11,6 +11,7 @@ import torch
 LIBRARY = Path(__file__).with_name("capt_ops.so")
 #: What the Python part expects of the library; one built from older sources lacks some.
 OPS = (
+    "asymmetric_loss",
     "bank_topk",
     "bank_topk_ranges",
     "confusion_pairs",

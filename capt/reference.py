@@ -9,6 +9,7 @@ rounded once at the end. Arguments are assumed to be checked by ``capt.ops``. Se
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -354,10 +355,11 @@ def asymmetric_loss(
 ) -> Tensor:
     """Asymmetric multi-label loss with constant focal weights; see ``capt.ops.asymmetric_loss``."""
     positive = targets.to(torch.bool)
-    p = logits.to(accumulate_dtype(logits.dtype)).sigmoid()
-    not_p = (1 - p + margin).clamp(max=1.0)
-    focus = torch.where(positive, (1 - p.detach()) ** gamma_pos, (p.detach() - margin).clamp_min(0) ** gamma_neg)
-    loss = -focus * torch.where(positive, p.clamp_min(eps).log(), not_p.clamp_min(eps).log())
+    x = logits.to(accumulate_dtype(logits.dtype))
+    p, q = x.detach().sigmoid(), (-x.detach()).sigmoid()
+    focus = torch.where(positive, q**gamma_pos, (p - margin).clamp_min(0) ** gamma_neg)
+    log_q = ((-x).sigmoid() + margin).clamp(max=1.0).log() if margin > 0 else F.logsigmoid(-x)
+    loss = -focus * torch.where(positive, F.logsigmoid(x), log_q).clamp_min(math.log(eps) if eps > 0 else -math.inf)
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -25,6 +25,7 @@ def integers(*values):
 
 
 RIGHT = {
+    "asymmetric_loss": lambda: {"logits": floats(3, 6), "targets": torch.eye(3, 6).bool()},
     "bank_topk": lambda: {"queries": floats(3, 8), "rows": floats(5, 8), "k": 2},
     "confusion_pairs": lambda: {"logits": floats(3, 6), "k": 2},
     "prompt_attention": lambda: {
@@ -54,6 +55,7 @@ RIGHT = {
     "pair_frontier": lambda: {"scores": floats(2, 3), "group": integers(0, 1, -1)},
 }
 POSITIONAL = {
+    "asymmetric_loss": ("logits",),
     "bank_topk": ("queries", "rows"),
     "confusion_pairs": ("logits",),
     "prompt_attention": ("query", "commonality", "difference"),
@@ -74,6 +76,23 @@ EMPTY_EXPERTS = {"w_in": floats(3, 0, 8), "b_in": floats(3, 0), "w_out": floats(
 
 # op, what is changed, the argument that the message must name
 BAD = [
+    ("asymmetric_loss", {"logits": [[1.0] * 6] * 3}, "logits"),
+    ("asymmetric_loss", {"logits": floats(6)}, "logits"),
+    ("asymmetric_loss", {"logits": torch.ones(3, 6, **WHOLE)}, "logits"),
+    ("asymmetric_loss", {"targets": floats(3, 5)}, "targets"),
+    ("asymmetric_loss", {"targets": floats(3, 6) / 2}, "targets"),
+    ("asymmetric_loss", {"targets": floats(3, 6) * float("nan")}, "targets"),
+    ("asymmetric_loss", {"targets": torch.full((3, 6), 2, dtype=torch.uint8)}, "targets"),
+    ("asymmetric_loss", {"targets": -torch.ones(3, 6, **WHOLE)}, "targets"),
+    ("asymmetric_loss", {"targets": torch.ones(3, 6, **META)}, "targets"),
+    ("asymmetric_loss", {"gamma_pos": -0.5}, "gamma_pos"),
+    ("asymmetric_loss", {"gamma_neg": float("inf")}, "gamma_neg"),
+    ("asymmetric_loss", {"gamma_neg": "4"}, "gamma_neg"),
+    ("asymmetric_loss", {"margin": 1.0}, "margin"),
+    ("asymmetric_loss", {"margin": float("nan")}, "margin"),
+    ("asymmetric_loss", {"eps": -1e-8}, "eps"),
+    ("asymmetric_loss", {"reduction": "avg"}, "reduction"),
+    ("asymmetric_loss", {"backend": "cuda"}, "backend"),
     ("bank_topk", {"queries": [[1.0] * 8]}, "queries"),
     ("bank_topk", {"queries": floats(8)}, "queries"),
     ("bank_topk", {"queries": torch.ones(3, 8, **WHOLE), "rows": torch.ones(5, 8, **WHOLE)}, "queries"),
@@ -287,7 +306,13 @@ def test_the_gradient_of_a_gradient_of_a_kernel_is_refused_and_the_reference_has
         twice("cpu")
 
 
-KERNELS_WITH_GRADIENT = ["grid_adapter", "prompt_attention", "prompt_attention_shared", "expert_gating"]
+KERNELS_WITH_GRADIENT = [
+    "asymmetric_loss",
+    "grid_adapter",
+    "prompt_attention",
+    "prompt_attention_shared",
+    "expert_gating",
+]
 
 
 @pytest.mark.parametrize("op", KERNELS_WITH_GRADIENT)

@@ -13,6 +13,14 @@ from capt.evaluation.metrics import (
     mean_std,
     top_confused_pairs,
 )
+from capt.evaluation.multi_label import (
+    MultiLabelResult,
+    average_precision,
+    best_thresholds,
+    frequency_groups,
+    label_metrics,
+    predicted_labels,
+)
 from capt.evaluation.pair_scores import PrimitiveFactors, pair_scores, primitive_factors, released_copies
 from capt.evaluation.pair_space import PairSpace
 from capt.evaluation.protocols import (
@@ -27,6 +35,7 @@ __all__ = [
     "BestPairs",
     "ConfusionCounts",
     "FrontierMeter",
+    "MultiLabelResult",
     "PairCounts",
     "PairSpace",
     "PrimitiveFactors",
@@ -34,16 +43,21 @@ __all__ = [
     "ThresholdSearch",
     "accuracy",
     "aggregate_seeds",
+    "average_precision",
     "base_to_novel_metrics",
     "base_to_novel_table",
+    "best_thresholds",
     "confusion_changes",
     "confusion_counts",
     "correction_metrics",
     "feasibility",
     "feasibility_thresholds",
+    "frequency_groups",
     "harmonic_mean",
+    "label_metrics",
     "mean_std",
     "pair_scores",
+    "predicted_labels",
     "primitive_factors",
     "released_copies",
     "top_confused_pairs",

@@ -6,6 +6,14 @@ from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.disentangler import Disentangler
 from capt.modules.layer_aggregator import LayerAggregator
+from capt.modules.long_tail_losses import (
+    AsymmetricLoss,
+    BinaryCrossEntropy,
+    ClassBalancedLoss,
+    DistributionBalancedLoss,
+    FocalLoss,
+    long_tail_loss,
+)
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
@@ -15,11 +23,16 @@ from capt.modules.semantic_evidence import SemanticEvidence
 from capt.modules.stage_interaction import StageFusion, StageInteraction
 
 __all__ = [
+    "AsymmetricLoss",
+    "BinaryCrossEntropy",
     "BottleneckAdapter",
+    "ClassBalancedLoss",
     "CompositionPrompts",
     "ConfusionLoss",
     "DiffMannerAdapter",
     "Disentangler",
+    "DistributionBalancedLoss",
+    "FocalLoss",
     "LayerAggregator",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
@@ -31,5 +44,6 @@ __all__ = [
     "SemanticEvidence",
     "StageFusion",
     "StageInteraction",
+    "long_tail_loss",
     "selectable_pairs",
 ]

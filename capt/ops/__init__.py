@@ -48,11 +48,12 @@ def explain(op: str, **shapes: Any) -> Plan:
     - prompt_attention: batch, k, rows (commonality, difference), dim
     - prompt_attention_shared: batch, rows (commonality, difference), n_keys, dim
     - expert_gating: tokens, dim, hidden, n_experts, top_k
+    - asymmetric_loss: batch, n_classes, reduction
     - pair_frontier: batch, n_pairs, n_groups, n_states, n_objects (0: no primitive term)
 
     Raises CaptError for an unknown op, arguments that do not fit, or a forced backend that cannot run.
 
-    >>> print(explain("asymmetric_loss").backend)
+    >>> print(explain("attention_readout").backend)
     reference
     """
     if op not in _PLANS:

@@ -109,9 +109,14 @@ def differentiable_once(op: str, backward: str) -> None:
     """Make derivatives of a backward op (``namespace::name``) raise: without autograd they would silently be zero."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise CaptError(
-            f"{op}: the kernels are differentiable once, but the gradient of a gradient was asked for; "
-            "use backend='reference' for higher derivatives"
-        )
+        raise second_derivative(op)
 
     torch.library.register_autograd(backward, refuse)
+
+
+def second_derivative(op: str) -> CaptError:
+    """The error of a gradient of a gradient."""
+    return CaptError(
+        f"{op}: the kernels are differentiable once, but the gradient of a gradient was asked for; "
+        "use backend='reference' for higher derivatives"
+    )
