@@ -33,12 +33,10 @@ class InteractionLayer(nn.Module):
         self.w_in, self.w_out = nn.Linear(dim, hidden or dim), nn.Linear(hidden or dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """All tokens [B, N, d] attend to all: the layer as it is defined, and what the other paths are tested against."""
+        """All tokens [B, N, d] attend to all: the layer by its definition, against which the others are tested."""
         normed = self.norm_in(tokens)
-        query, key, value = (
-            part(normed).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
-        )
+        parts = (self.query, self.key, self.value)
+        query, key, value = (part(normed).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return self.feed_forward(self.mixed(tokens, attended))
 
@@ -64,8 +62,7 @@ class InteractionLayer(nn.Module):
         )
         share = torch.sigmoid(lse_prompts - lse_patches).to(of_patches.dtype)  # [B, h, C], of the prompts
         share = share.transpose(1, 2)[..., None]
-        both = (part.unflatten(-1, (self.n_heads, -1)) for part in (of_prompts, of_patches))
-        of_prompts, of_patches = both
+        of_prompts, of_patches = (part.unflatten(-1, (self.n_heads, -1)) for part in (of_prompts, of_patches))
         return torch.lerp(of_patches, of_prompts.expand_as(of_patches), share.expand_as(of_patches)).flatten(2)
 
     def mixed(self, tokens: Tensor, attended: Tensor) -> Tensor:
