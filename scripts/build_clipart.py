@@ -39,6 +39,7 @@ MAX_SVG = 1_500_000
 LEFT_OUT = ("shapes/stars", "computer/icons", "special/gradients")
 SERIES = 3  # a title that this many differently named files of one author share does not say what a picture shows
 ALIKE = 0.88
+CATEGORIES = SCRIPTS / "data" / "clipart_categories.txt"
 ASSETS = SCRIPTS.parent / "capt" / "assets"
 
 
@@ -82,13 +83,19 @@ class Picture:
         return re.sub(r"\.svgz?$", "", self.paths[0]).replace(".", "_")
 
 
-def read_categories(path: Path = SCRIPTS / "data" / "clipart_categories.txt") -> list[Category]:
-    """The list of categories, sorted by name."""
-    categories = []
+def read_categories(path: Path = CATEGORIES) -> tuple[list[Category], dict[str, set[str]]]:
+    """The categories, sorted by name, and those that are taken from files by the beginning of a name or path."""
+    categories: list[Category] = []
+    taken: dict[str, set[str]] = {}
+    section = ""
     for line in filter(None, (line.partition("#")[0].strip() for line in path.read_text().splitlines())):
         if line.startswith("["):
+            section = line.strip("[]")
             continue
         name, _, rest = line.partition(":")
+        if section == "not":
+            taken[name] = {other.strip() for other in rest.split(",")}
+            continue
         found, _, implied = rest.partition(">")
         parts = [part.strip() for part in found.split(",") if part.strip()]
         plus, minus = ([p.removeprefix("-") for p in parts if p.startswith("-") == out] for out in (False, True))
@@ -103,13 +110,13 @@ def read_categories(path: Path = SCRIPTS / "data" / "clipart_categories.txt") ->
             )
         )
     names = {category.name for category in categories}
-    unknown = [other for category in categories for other in category.implied if other not in names]
+    unknown = {other for category in categories for other in category.implied}.union(*taken.values()) - names
     if unknown or len(names) != len(categories):
-        raise SystemExit(f"{path.name}: classes given twice, or implied but not given: {unknown}")
-    return sorted(categories, key=lambda category: category.name.lower())
+        raise SystemExit(f"{path.name}: a class is given twice, or not at all: {', '.join(sorted(unknown))}")
+    return sorted(categories, key=lambda category: category.name.lower()), taken
 
 
-def label(records: list[dict], categories: list[Category]) -> dict[str, set[int]]:
+def label(records: list[dict], categories: list[Category], taken: dict[str, set[str]]) -> dict[str, set[int]]:
     """Path -> positions of its categories, for the pictures that show any."""
     number = {category.name: place for place, category in enumerate(categories)}
 
@@ -126,7 +133,10 @@ def label(records: list[dict], categories: list[Category]) -> dict[str, set[int]
         if len(named[record["author"], title]) < SERIES:
             texts.append(f" {title} ")
         keywords = {phrase(keyword) for keyword in record["keywords"]}
-        found = {number[c.name] for c in categories if c.shows(record["path"], texts, keywords)}
+        places = f"/{record['path']}", Path(record["path"]).name
+        never = {name for start, names in taken.items() if any(p.startswith(start) for p in places) for name in names}
+        shown = (c.name for c in categories if c.shows(record["path"], texts, keywords))
+        found = {number[name] for name in shown if name not in never}
         waiting = list(found)
         while waiting:
             for other in categories[waiting.pop()].implied:
@@ -352,8 +362,8 @@ def main() -> None:
     args = parser.parse_args()
     root = clip_art.fetch(args.work)
     records = [record for record in clip_art.read_records(root) if not record["path"].startswith(LEFT_OUT)]
-    categories = read_categories()
-    pictures = draw(root, records, label(records, categories), args.workers)
+    categories, taken = read_categories()
+    pictures = draw(root, records, label(records, categories, taken), args.workers)
     group_alike(pictures)
     pictures, categories = split(pictures, categories)
     write(pictures, categories, args.out)
