@@ -3,11 +3,11 @@
     python scripts/build_clipart.py --work build/model-work           # writes capt/assets/clipart
     python scripts/build_clipart.py --work build/model-work --sheets build/sheets    # and a contact sheet a class
 
-Needs `apt-get` (Debian package `openclipart-svg`) and `pip install resvg_py==0.5.0 pillow`. Two runs with the same versions
-write the same bytes. What the pictures show is found by `scripts/data/clipart_categories.txt` in their titles, file names,
-keywords and folders. Pictures that are the same to the pixel are one picture with all their labels. Pictures that look
-nearly the same stay on one side of the split. The split is chosen by hash, class by class from the rarest to the most
-frequent; test images are first taken among the pictures that the embedded models were not fitted on.
+Needs `apt-get` (Debian package `openclipart-svg`) and `pip install resvg_py==0.5.0 pillow`. Two runs with the same
+versions write the same bytes. What the pictures show is found by `scripts/data/clipart_categories.txt` in their titles,
+file names, keywords and folders. Pictures that are the same to the pixel are one picture with all their labels. Those
+that look nearly the same stay on one side of the split. The split is chosen by hash, class by class from the rarest to
+the most frequent; test images are first taken among the pictures that the embedded models were not fitted on.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def write(pictures: list[Picture], categories: list[Category], out: Path) -> Non
         tars.append({"name": split, "images": len(mine), "sha256": sha})
     rows = [{"key": p.key, "split": p.split, "labels": sorted(p.labels), "files": p.paths}
             for p in sorted(pictures, key=lambda picture: picture.key)]  # fmt: skip
-    package = {"name": clip_art.PACKAGE, "version": clip_art.VERSION, "license": "public domain"}
+    package = {"package": clip_art.PACKAGE, "version": clip_art.VERSION, "license": "public domain"}
     index = {"version": 1, "name": "clipart", "package": package, "classes": names, "tars": tars, "images": rows}
     (out / "index.json").write_text(compact(index))
     (out / "ATTRIBUTION.md").write_text(attribution(pictures))
@@ -308,13 +308,14 @@ def attribution(pictures: list[Picture]) -> str:
         "",
         f"All {len(pictures)} pictures are from the Open Clip Art Library, release 0.18, as packaged by Debian "
         f"(`{clip_art.PACKAGE}` {clip_art.VERSION}).",
-        "Each one's own RDF metadata dedicates it to the public domain (`cc:license` names",
-        "`http://web.resource.org/cc/PublicDomain` or `http://creativecommons.org/licenses/publicdomain/`); files without",
-        "such a statement, or with another one, were left out. No credit is required; the authors are named all the same.",
+        "Each one's own RDF metadata dedicates it to the public domain (its licence is",
+        "`http://web.resource.org/cc/PublicDomain` or `http://creativecommons.org/licenses/publicdomain/`); files",
+        "without such a statement, or with another one, were left out. No credit is required; the authors are named",
+        "all the same.",
         "",
-        f"Changes: cropped to what is drawn, rasterised to {SIZE} x {SIZE} pixels on white, saved as WebP. `index.json` gives",
-        "the file or files of the package that each picture was made from. Flags, emblems and brand names may be protected by",
-        "other rights than copyright; no author or owner endorses this project.",
+        f"Changes: cropped to what is drawn, rasterised to {SIZE} x {SIZE} pixels on white, saved as WebP.",
+        "`index.json` gives the file or files of the package that each picture was made from. Flags, emblems and brand",
+        "names may be protected by other rights than copyright; no author or owner endorses this project.",
         "",
         "| author | pictures |",
         "| --- | --- |",
@@ -349,7 +350,8 @@ def counts(pictures: list[Picture], categories: list[Category]) -> Iterator[str]
     fitted = fitted_paths()
     for split in ("train", "val", "test"):
         mine = [p for p in pictures if p.split == split]
-        yield f"{split}: {sum(bool(fitted & set(p.paths)) for p in mine)} of {len(mine)} in the fit of the embedded models"
+        known = sum(bool(fitted & set(picture.paths)) for picture in mine)
+        yield f"{split}: {known} of {len(mine)} in the fit of the embedded models"
 
 
 def main() -> None:
