@@ -23,7 +23,8 @@ def pareto_targets(n_classes: int, largest: int, smallest: int, power: float = 6
         )
     growth = (largest / smallest) ** (1 / power) - 1
     rank = np.arange(n_classes) / max(1, n_classes - 1)
-    return np.rint(largest * (1 + growth * rank) ** -power).astype(np.int64)
+    wanted: NDArray[np.int64] = np.rint(largest * (1 + growth * rank) ** -power).astype(np.int64)
+    return wanted
 
 
 def long_tail(
