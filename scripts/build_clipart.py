@@ -277,11 +277,7 @@ def write(pictures: list[Picture], categories: list[Category], out: Path) -> Non
     tars = []
     for split in ("train", "val", "test"):
         mine = sorted((picture for picture in pictures if picture.split == split), key=lambda picture: picture.key)
-        members = []
-        for picture in mine:
-            text = ";".join(names[number] for number in sorted(picture.labels))
-            members += [(f"{picture.key}.txt", text.encode()), (f"{picture.key}.webp", picture.data)]
-        sha = write_tar(out / f"{split}.tar", sorted(members))
+        sha = write_tar(out / f"{split}.tar", [(f"{picture.key}.webp", picture.data) for picture in mine])
         tars.append({"name": split, "images": len(mine), "sha256": sha})
     rows = [{"key": p.key, "split": p.split, "labels": sorted(p.labels), "files": p.paths}
             for p in sorted(pictures, key=lambda picture: picture.key)]  # fmt: skip

@@ -154,7 +154,7 @@ def emoji_pairs(clip: Clip) -> list[dict]:
 
 
 def clipart(clip: Clip) -> list[dict]:
-    """Mean average precision over the classes of the multi-label set, on all test images and on those outside the fit."""
+    """Mean average precision over the classes of the clip art, on all test images and on those outside the fit."""
     from capt.data import load_multi_label
 
     data = load_multi_label("clipart")

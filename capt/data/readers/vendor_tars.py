@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from capt.data.readers.shards import Sample, read_shard
+from capt.data.readers.shards import read_shard
 from capt.data.sources import ShardSource
 from capt.errors import DamagedFileError
 from capt.files import read_json, sha256
@@ -48,15 +48,14 @@ def read_index(path: Path, parse: Callable[[Any], _Parsed]) -> tuple[Any, _Parse
         raise DamagedFileError(f"'{path}': not an index of this package ({error!r}); install it again") from error
 
 
-def checked_shard(shard: Path, checksum: str, *, verify: bool) -> list[Sample]:
-    """The images of a shipped tar.
+def check_shard(shard: Path, checksum: str, *, verify: bool) -> None:
+    """Make sure that a shipped tar is there and, with ``verify``, that its SHA-256 is ``checksum``.
 
     Raises:
-        DamagedFileError: it is missing, or ``verify`` is set and its SHA-256 is not ``checksum``.
+        DamagedFileError: it is not.
     """
     if not shard.is_file() or (verify and sha256(shard) != checksum):
         raise DamagedFileError(f"'{shard.name}': missing or not the file the index was made for; install it again")
-    return read_shard(shard)
 
 
 def read_vendor_tars(path: Path, *, verify: bool, describe: tuple[str, ...] = ()) -> VendorTars:
@@ -80,7 +79,8 @@ def read_vendor_tars(path: Path, *, verify: bool, describe: tuple[str, ...] = ()
     images: list[tuple[str, str, str, int]] = []
     for vendor, checksum in vendors:
         shard = path.parent / f"{vendor}.tar"
-        for sample in checked_shard(shard, checksum, verify=verify):
+        check_shard(shard, checksum, verify=verify)
+        for sample in read_shard(shard):
             key = sample.name.rpartition(".")[0]
             label = expected.pop((vendor, key), None)
             if label is None or label != sample.label:
