@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import clip_art
@@ -81,6 +82,13 @@ class Picture:
     def key(self) -> str:
         """Name of the picture in its tar: its first place, without dots."""
         return re.sub(r"\.svgz?$", "", self.paths[0]).replace(".", "_")
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """512 bits: where brightness rises, and where it falls, between neighbours in a 17 x 16 grey copy."""
+        image = Image.open(io.BytesIO(self.data)).convert("L").resize((17, 16), Image.Resampling.BOX)
+        change = np.diff(np.asarray(image, np.int16), axis=1).ravel()
+        return np.concatenate([change > 3, change < -3])
 
 
 def read_categories(path: Path = CATEGORIES) -> tuple[list[Category], dict[str, set[str]]]:
@@ -181,21 +189,18 @@ def draw(root: Path, records: list[dict], labels: dict[str, set[int]], workers: 
 def group_alike(pictures: list[Picture]) -> None:
     """Give pictures that look nearly the same, whatever their colours, one group.
 
-    A picture becomes 512 bits: where brightness rises or falls between neighbours in a 17 x 16 grey copy. Two pictures
-    are alike if they share `ALIKE` of their bits (Dice coefficient), so that many near copies follow each other.
+    Two pictures are alike if they share `ALIKE` of their steps (Dice coefficient), and so are all that follow each
+    other in this way.
     """
-    images = [Image.open(io.BytesIO(picture.data)).convert("L") for picture in pictures]
-    grey = np.stack([np.asarray(image.resize((17, 16), Image.Resampling.BOX), np.int16) for image in images])
-    steps = (grey[:, :, 1:] - grey[:, :, :-1]).reshape(len(images), -1)
-    bits = np.concatenate([steps > 3, steps < -3], 1).astype(np.float32)
-    parent = list(range(len(images)))
+    bits = np.stack([picture.steps for picture in pictures]).astype(np.float32)
+    parent = list(range(len(pictures)))
 
     def top(place: int) -> int:
         while parent[place] != place:
             place = parent[place]
         return place
 
-    for start in range(0, len(images), 256):
+    for start in range(0, len(pictures), 256):
         rows = bits[start : start + 256]
         alike = 2 * rows @ bits.T >= ALIKE * (rows.sum(1)[:, None] + bits.sum(1)[None])
         for first, second in zip(*np.nonzero(alike), strict=True):
@@ -215,10 +220,10 @@ def keep_classes(pictures: list[Picture], categories: list[Category], kept: list
 
 def split(pictures: list[Picture], categories: list[Category]) -> tuple[list[Picture], list[Category]]:
     """Choose splits; without the categories that cannot have enough test and training pictures."""
-    fitted = fitted_paths()
     wanted = {"test": MIN_TEST, "train": MIN_TRAIN}
     while True:
-        choose_splits(pictures, fitted)
+        group_alike(pictures)
+        choose_splits(pictures)
         have = {split: positives(pictures, split) for split in wanted}
         kept = [n for n in range(len(categories)) if all(have[split][n] >= least for split, least in wanted.items())]
         if len(kept) == len(categories):
@@ -231,32 +236,41 @@ def positives(pictures: list[Picture], split: str) -> Counter:
     return Counter(number for picture in pictures if picture.split == split for number in picture.labels)
 
 
-def choose_splits(pictures: list[Picture], fitted: set[str]) -> None:
+def choose_splits(pictures: list[Picture]) -> None:
     """Set the split of every picture, group by group; rare classes choose first."""
+    fitted = fitted_paths()
     groups: dict[int, list[Picture]] = {}
     for picture in pictures:
         picture.split = ""
         groups.setdefault(picture.group, []).append(picture)
-    order = sorted(groups, key=lambda g: (any(fitted & set(p.paths) for p in groups[g]), ranked(groups[g][0].key)))
-    totals = Counter(number for picture in pictures for number in picture.labels)
-    have = {"test": Counter(), "val": Counter()}
+
+    def place(members: list[Picture]) -> tuple[bool, bytes]:
+        return any(fitted & set(p.paths) for p in members), min(ranked(p.key) for p in members)
+
+    shown: dict[int, list[tuple[list[Picture], int]]] = {}
+    for members in sorted(groups.values(), key=place):
+        for number, count in Counter(number for picture in members for number in picture.labels).items():
+            shown.setdefault(number, []).append((members, count))
+    totals = {number: sum(count for _, count in mine) for number, mine in shown.items()}
+    have: dict[str, Counter] = {"test": Counter(), "val": Counter()}
+
+    def give(members: list[Picture], split: str) -> None:
+        for picture in members:
+            picture.split = split
+            if split in have:
+                have[split].update(picture.labels)
+
     for number in sorted(totals, key=lambda number: (totals[number], number)):
         total = totals[number]
         test = max(MIN_TEST, round(TEST * total))
         for split, wanted in (("test", test), ("val", min(max(1, round(VAL * total)), total - test - MIN_TRAIN))):
-            for group in order:
-                members = groups[group]
-                new = sum(number in picture.labels for picture in members)
-                if members[0].split or not new or have[split][number] >= wanted:
-                    continue
-                if have[split][number] + new <= wanted + max(1, wanted // 4):
-                    for picture in members:
-                        picture.split = split
-                        have[split].update(picture.labels)
-        for group in order:
-            if not groups[group][0].split and any(number in picture.labels for picture in groups[group]):
-                for picture in groups[group]:
-                    picture.split = "train"
+            for members, count in shown[number]:
+                now = have[split][number]
+                if not members[0].split and now < wanted and now + count <= wanted + max(1, wanted // 4):
+                    give(members, split)
+        for members, _ in shown[number]:
+            if not members[0].split:
+                give(members, "train")
 
 
 def ranked(*parts: object) -> bytes:
@@ -362,7 +376,6 @@ def main() -> None:
     records = [record for record in clip_art.read_records(root) if not record["path"].startswith(LEFT_OUT)]
     categories, taken = read_categories()
     pictures = draw(root, records, label(records, categories, taken), args.workers)
-    group_alike(pictures)
     pictures, categories = split(pictures, categories)
     write(pictures, categories, args.out)
     if args.sheets:
