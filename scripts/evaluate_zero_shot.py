@@ -3,10 +3,12 @@
     python scripts/evaluate_zero_shot.py --work build/model-work          # emoji, emoji pairs and Tux Paint animals
     python scripts/evaluate_zero_shot.py --emoji-only                  # no download
     python scripts/evaluate_zero_shot.py --vit --emoji-only            # the ViT tower, loaded by this library
+    python scripts/evaluate_zero_shot.py --clipart-only                # mean average precision on the clip art
 
 Emoji: the classes of `capt/assets/emoji`, none of which entered the fit, in every style. Emoji pairs: test images of
 `capt/assets/emoji_pairs`, among the training and the unseen test pairs (closed world). Tux Paint: 146 animal
 pictures of the Debian package `tuxpaint-stamps-default` (unpacked, never shipped), each to be matched with its caption.
+Clip art: test images of `capt/assets/clipart`, ranked for each class; mean average precision by training frequency.
 What is printed is also written as JSON with `--json`.
 """
 
@@ -22,10 +24,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from model.encoders import allow_torchvision
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 ASSETS = Path(__file__).resolve().parents[1] / "capt" / "assets"
 STAMPS, STAMPS_VERSION = "tuxpaint-stamps-default", "2022.06.04-1"
@@ -149,6 +153,29 @@ def emoji_pairs(clip: Clip) -> list[dict]:
     return results
 
 
+def clipart(clip: Clip) -> list[dict]:
+    """Mean average precision over the classes of the clip art, on all test images and on those outside the fit."""
+    from capt.data import load_multi_label
+
+    data = load_multi_label("clipart")
+    rows = clip.images([data.test.image(index) for index in range(len(data.test))])
+    scores = (rows @ clip.texts(list(data.classes), clip.templates).T).numpy()
+    fit = {entry["path"] for entry in json.loads((ASSETS / "model" / "fit_manifest.json").read_text())["clip_art"]}
+    index = json.loads((ASSETS / "clipart" / "index.json").read_text())
+    fitted = {f"{entry['split']}/{entry['key']}.webp" for entry in index["images"] if fit & set(entry["files"])}
+    outside = np.array([name not in fitted for name in data.test.names])
+    results = []
+    for title, mask in (("all", np.ones_like(outside)), ("outside the fit", outside)):
+        found = data.test.targets[mask].any(0)
+        precision = np.full(len(data.classes), np.nan)
+        precision[found] = [100 * average_precision_score(data.test.targets[mask, c], scores[mask, c])
+                            for c in np.flatnonzero(found)]  # fmt: skip
+        groups = {name: float(np.nanmean(precision[ids])) for name, ids in vars(data.groups()).items()}
+        results.append({"test": f"clip art, {title}", "images": int(mask.sum()), "classes": int(found.sum()),
+                        "total": float(np.nanmean(precision)), **groups})  # fmt: skip
+    return results
+
+
 def fetch_stamps(work: Path) -> Path:
     """Unpack the Tux Paint stamps (nothing is installed) and return the folder of the animals."""
     root = work / "deb" / "x" / STAMPS
@@ -184,11 +211,18 @@ def main() -> None:
     parser.add_argument("--emoji", type=Path, default=ASSETS / "emoji", help="folder of the emoji set")
     parser.add_argument("--work", type=Path, help="folder for downloads (needed for the Tux Paint animals)")
     parser.add_argument("--emoji-only", action="store_true")
+    parser.add_argument("--clipart-only", action="store_true")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     args = parser.parse_args()
-    if not args.emoji_only and not args.work:
-        parser.error("--work names the folder for the Tux Paint download; or give --emoji-only")
+    if not args.emoji_only and not args.clipart_only and not args.work:
+        parser.error("--work names the folder for the Tux Paint download; or give --emoji-only or --clipart-only")
     clip = VitClip(args.model or ASSETS / "vit") if args.vit else Clip(args.model or ASSETS / "model")
+    if args.clipart_only:
+        print("| test | images | classes | mAP % | head | medium | tail |\n| --- | --- | --- | --- | --- | --- | --- |")
+        for r in clipart(clip):
+            values = " | ".join(f"{r[key]:.1f}" for key in ("total", "head", "medium", "tail"))
+            print(f"| {r['test']} | {r['images']} | {r['classes']} | {values} |")
+        return
     results = emoji(clip, args.emoji) + emoji_pairs(clip) + ([] if args.emoji_only else animals(clip, args.work))
     print(f"templates: {clip.templates}")
     print("| test | images | classes | top-1 % | top-5 % |\n| --- | --- | --- | --- | --- |")

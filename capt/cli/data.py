@@ -10,6 +10,7 @@ from capt.errors import DataError
 
 if TYPE_CHECKING:
     from capt.data import CheckReport, DataSet, ImageSet
+    from capt.data.image_set import Splits
 
 
 def check(
@@ -25,6 +26,7 @@ def check(
     Args:
         data: data set to check; 'coop' with --root: which of CoOp's data sets are there and complete. Compositional:
             'emoji-pairs', 'czsl:mit-states' and its like with --root, or a list with the columns state and object.
+            Multi-label: 'clipart', 'coco-lt' or 'voc-lt' with --root, or a list with the column labels.
         where: where the data set lies.
         shots: name the classes that have fewer training images than this.
         lists_only: do not decode the images.
@@ -32,6 +34,8 @@ def check(
     """
     if _is_compositional(data):
         return _check_pairs(data, where, lists_only, json)
+    if _is_multi_label(data):
+        return _check_multi_label(data, where, lists_only, json)
     layout = None
     if data == "coop" or data.startswith("coop:"):
         layout = _check_layout(data, where)
@@ -80,7 +84,7 @@ def check(
     return DataError.exit_code if problems or bad else 0
 
 
-def _bad_images(data: DataSet) -> list[dict[str, str]]:
+def _bad_images(data: Splits[Any]) -> list[dict[str, str]]:
     """Decode every image; what is wrong with those that cannot be had."""
     bad = []
     for name, split in data.splits().items():
@@ -127,6 +131,46 @@ def _check_pairs(spec: str, where: DataOptions, lists_only: bool, json: bool) ->
     sizes = f"{len(data.states):,} states, {len(data.objects):,} objects, {len(data.pairs):,} pairs"
     print(f"{data.name}: {sizes} ({int(data.seen.sum()):,} seen), fingerprint {data.fingerprint()[:16]}")
     header = ["split", "pairs seen", "pairs unseen", "images of seen pairs", "images of unseen pairs"]
+    print_rows(header, [[split, *values.values()] for split, values in counts.items()])
+    for note in notes:
+        print(f"note: {note}")
+    _print_problems(problems, bad, lists_only)
+    return DataError.exit_code if problems or bad else 0
+
+
+def _is_multi_label(data: str) -> bool:
+    from capt.data.readers.label_table import is_label_table
+    from capt.data.readers.long_tail_lists import LAYOUTS
+
+    return data == "clipart" or data in LAYOUTS or is_label_table(data)
+
+
+def _check_multi_label(spec: str, where: DataOptions, lists_only: bool, json: bool) -> int:
+    """What is in a multi-label data set, and what is wrong with it."""
+    from capt.data import load_multi_label
+    from capt.data.readers.long_tail_lists import LAYOUTS
+
+    if where.test_fraction is not None:
+        raise DataError(f"--test-fraction: '{spec}' is a multi-label set; its test images are those it lists")
+    options = {"warn": False} if spec in LAYOUTS else {}  # what it would warn of is printed as notes
+    data = load_multi_label(spec, where.root, **options)
+    counts, record = data.counts(), data.record()
+    problems = [] if len(data.train) else ["no training image"]
+    notes = [*data.meta.get("differs_from_published", [])]
+    if data.meta["repeated_labels"]:
+        notes.append(f"{data.meta['repeated_labels']:,} labels are given to their image twice; they count once")
+    for split, images in data.splits().items():
+        empty = [name for name, count in zip(data.classes, images.counts.tolist(), strict=True) if not count]
+        if empty and len(images):
+            notes.append(f"{split}: no image of {len(empty):,} of {len(data.classes):,} classes, first {empty[0]!r}")
+    bad = [] if lists_only else _bad_images(data)
+    if json:
+        findings = {"images_checked": not lists_only, "bad_images": bad, "problems": problems, "notes": notes}
+        print_json({**record, **findings})
+        return DataError.exit_code if problems or bad else 0
+    groups = ", ".join(f"{count} {name}" for name, count in record["groups"].items())
+    print(f"{data.name}: {len(data.classes):,} classes ({groups}), fingerprint {data.fingerprint()[:16]}")
+    header = ["split", "images", "labels", "labels an image", "without label", "classes without image"]
     print_rows(header, [[split, *values.values()] for split, values in counts.items()])
     for note in notes:
         print(f"note: {note}")

@@ -1,7 +1,8 @@
 """Labelled images from every common layout, in a fixed order, with ids that stay.
 
-``load`` opens a data set, ``load_compositional`` one whose images show (state, object) pairs; ``few_shot`` and
-``base_novel`` choose from it, ``batches`` feeds it to a model.
+``load`` opens a data set, ``load_compositional`` one whose images show (state, object) pairs, ``load_multi_label`` one
+whose images have any number of labels; ``few_shot``, ``base_novel`` and ``long_tail`` choose from it, ``batches`` feeds
+it to a model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from capt.data.check import CheckReport, check
 from capt.data.compositional import CompositionalSet
 from capt.data.few_shot import base_novel, few_shot, hold_out, load_few_shot, save_few_shot
 from capt.data.image_set import DataSet, ImageSet
-from capt.data.loading import load, load_compositional
+from capt.data.loading import load, load_compositional, load_multi_label
+from capt.data.long_tail import long_tail
+from capt.data.multi_label import MultiLabelImages, MultiLabelSet
 from capt.data.pair_texts import PairTexts, load_pair_texts, save_pair_texts, validate_pair_texts
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "CompositionalSet",
     "DataSet",
     "ImageSet",
+    "MultiLabelImages",
+    "MultiLabelSet",
     "PairTexts",
     "base_novel",
     "batches",
@@ -30,7 +35,9 @@ __all__ = [
     "load",
     "load_compositional",
     "load_few_shot",
+    "load_multi_label",
     "load_pair_texts",
+    "long_tail",
     "save_few_shot",
     "save_pair_texts",
     "validate_pair_texts",

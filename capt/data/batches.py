@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from capt.data.image_set import ImageSet
+from capt.data.image_set import Images
 from capt.errors import DataError
 
 _LISTED = 50
@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
         images: [B, 3, H, W], as the transform gives them.
-        labels: int64 [B].
+        labels: int64 [B]; of images with several labels uint8 [B, C].
         ids: int64 [B], the images' ids in their data set.
     """
 
@@ -59,7 +59,7 @@ class Batches(Iterator[Batch]):
 
 
 def batches(
-    image_set: ImageSet,
+    image_set: Images,
     transform: Callable[..., Tensor],
     *,
     batch_size: int,
@@ -110,7 +110,7 @@ def _order(n_images: int, shuffle: bool, generator: torch.Generator | None) -> l
 
 
 def _loader(
-    image_set: ImageSet, transform: Callable[..., Tensor], generator: torch.Generator | None
+    image_set: Images, transform: Callable[..., Tensor], generator: torch.Generator | None
 ) -> Callable[[int], Tensor]:
     seeded = _takes_generator(transform)
     seed = int(torch.randint(_MASK, (), generator=generator)) if seeded else 0
@@ -141,7 +141,7 @@ def _takes_generator(transform: Callable[..., Tensor]) -> bool:
 
 
 def _stream(
-    image_set: ImageSet,
+    image_set: Images,
     order: list[int],
     load: Callable[[int], Tensor],
     batch_size: int,
@@ -203,7 +203,7 @@ def _results(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collate(image_set: ImageSet, tensors: list[Tensor], chosen: list[int]) -> Batch:
+def _collate(image_set: Images, tensors: list[Tensor], chosen: list[int]) -> Batch:
     return Batch(
         torch.stack(tensors),
         torch.from_numpy(image_set.labels[chosen]),

@@ -1,4 +1,4 @@
-"""One function that opens every format, and one that opens every compositional format."""
+"""Functions that open every format: of one label an image, of pairs, of any number of labels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 from capt.data.compositional import CompositionalSet
 from capt.data.few_shot import hold_out
 from capt.data.image_set import DataSet
+from capt.data.multi_label import MultiLabelSet
+from capt.data.readers.clipart import read_clipart
 from capt.data.readers.coop import read_coop
 from capt.data.readers.czsl import read_czsl
 from capt.data.readers.emoji import read_emoji
 from capt.data.readers.emoji_pairs import read_emoji_pairs
 from capt.data.readers.folder import read_folder
+from capt.data.readers.label_table import read_label_table
+from capt.data.readers.long_tail_lists import LAYOUTS, read_long_tail_lists
 from capt.data.readers.pair_table import read_pair_table
 from capt.data.readers.shards import read_shards
 from capt.data.readers.table import TABLES, read_table
@@ -28,7 +32,11 @@ _COMPOSITIONAL_FORMS = (
     "'emoji-pairs' (the shipped set), 'czsl:mit-states', 'czsl:ut-zappos' or 'czsl:cgqa' with root=, "
     "or a .csv, .tsv or .jsonl list with the columns path, state, object and split"
 )
-_Read = TypeVar("_Read", DataSet, CompositionalSet)
+_MULTI_LABEL_FORMS = (
+    "'clipart' (the shipped set), 'coco-lt' or 'voc-lt' with root=, "
+    "or a .csv, .tsv or .jsonl list with the columns path, labels and, if you like, split"
+)
+_Read = TypeVar("_Read", DataSet, CompositionalSet, MultiLabelSet)
 
 
 def load(
@@ -120,6 +128,49 @@ def load_compositional(
     if text == "emoji-pairs":
         return _call(read_emoji_pairs, text, **options)
     raise DataError(f"'{text}': no compositional data set. One is {_COMPOSITIONAL_FORMS}")
+
+
+def load_multi_label(
+    spec: str | Path | MultiLabelSet,
+    root: str | Path | None = None,
+    *,
+    val_fraction: float | None = None,
+    split_seed: int = 0,
+    **options: Any,
+) -> MultiLabelSet:
+    """Open a multi-label data set.
+
+    Args:
+        spec: what to open. "clipart": the shipped set (:func:`read_clipart`); "coco-lt" or "voc-lt":
+            :func:`read_long_tail_lists`; a ``.csv``, ``.tsv`` or ``.jsonl`` list of images with their labels:
+            :func:`read_label_table`; a MultiLabelSet is returned as it is.
+        root: for "coco-lt" and "voc-lt" the folder that holds the data sets, or the one of the data set; for a list
+            of images the folder its paths start from.
+        val_fraction: take this part of each class from the training images as validation images, chosen by hash
+            (:func:`capt.data.multi_label.hold_out`). Only for data without them; never done unless asked for, and
+            never with test images.
+        split_seed: seed of that choice.
+        options: passed to the reader; see its documentation.
+
+    Raises:
+        DataError: nothing can be opened, or the data set is not usable; says what and what to do.
+    """
+    data = spec if isinstance(spec, MultiLabelSet) else _read_multi_label(str(spec), root, options)
+    return data if val_fraction is None else data.hold_out(val_fraction, split_seed)
+
+
+def _read_multi_label(spec: str, root: str | Path | None, options: dict[str, Any]) -> MultiLabelSet:
+    if spec.lower().endswith(TABLES):
+        return _call(read_label_table, spec, spec, root=root, **options)
+    if spec in LAYOUTS:
+        if root is None:
+            raise DataError(f"'{spec}': root is missing; pass the folder that holds the data set")
+        return _call(read_long_tail_lists, spec, spec, root=root, **options)
+    if root is not None:
+        raise DataError(f"root: only {', '.join(map(repr, LAYOUTS))} and lists of images take it, found '{spec}'")
+    if spec == "clipart":
+        return _call(read_clipart, spec, **options)
+    raise DataError(f"'{spec}': no multi-label data set. One is {_MULTI_LABEL_FORMS}")
 
 
 def _call(reader: Callable[..., _Read], spec: str, *arguments: Any, **options: Any) -> _Read:

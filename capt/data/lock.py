@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from capt.data.image_set import DataSet, ImageSet
+from capt.data.image_set import ImagesT, Splits
 from capt.data.sources import ImageSource
 from capt.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+SplitsT = TypeVar("SplitsT", bound="Splits[Any]")
 
 
 class TestLock:
@@ -54,14 +56,11 @@ class LockedSource:
         return self.source.read(name)
 
 
-def lock_images(images: ImageSet, lock: TestLock) -> ImageSet:
+def lock_images(images: ImagesT, lock: TestLock) -> ImagesT:
     """The same images behind ``lock``."""
-    return ImageSet(
-        images.classes, images.labels, images.ids, images.names, LockedSource(images.source, lock),
-        sources=images.sources, meta=images.meta,
-    )  # fmt: skip
+    return images.with_source(LockedSource(images.source, lock))
 
 
-def lock_test(data: DataSet, lock: TestLock) -> DataSet:
+def lock_test(data: SplitsT, lock: TestLock) -> SplitsT:
     """The same data set with its test split behind ``lock``."""
     return data if data.test is None else replace(data, test=lock_images(data.test, lock))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
-import html
 import random
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import clip_art
 import numpy as np
 import torch
-from emoji_sources import MARGIN, SIZE, Emoji, read_concepts, render_svg
-from PIL import Image
+from emoji_sources import Emoji, read_concepts
 
 from .leak import EvaluationRule
 from .trunk import drawn_statistics, load_trunk, normalise
 
-OPENCLIPART = "openclipart-svg"
-OPENCLIPART_VERSION = "1:0.18+dfsg-19"
 SKIPPED_FOLDERS = ("computer/icons", "shapes/stars", "special", "unsorted/flags", "signs_and_symbols/flags")
 META_KEYWORDS = {"hash", "unsorted", "clip art", "clipart", "image", "png", "svg", "public domain", "externalsource"}
 SKIPPED_EMOJI = re.compile(
     r"skin-tone|^flag-|^keycap|oclock|-thirty$|-moon|^japanese-.*-button$|^input-|^regional|"
     r"^(man|men|woman|women|boy|girl|person|people|family|kiss|couple)-|^[a-z0-9]$|-tone\d|^cricket$|^letter-"
 )
-UNITS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
 _emoji: Emoji | None = None
 
 
@@ -51,42 +45,13 @@ def fit_emoji(emoji: Emoji) -> list[str]:
     return kept
 
 
-def fetch_openclipart(work: Path) -> Path:
-    """Unpack the Debian package of Open Clip Art (nothing is installed) and return the folder of its SVG files."""
-    root = work / "deb" / "x" / OPENCLIPART
-    if not root.exists():
-        downloads = work / "deb"
-        downloads.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", f"{OPENCLIPART}={OPENCLIPART_VERSION}"], cwd=downloads, check=True)
-        subprocess.run(["dpkg-deb", "-x", str(next(downloads.glob(f"{OPENCLIPART}_*.deb"))), str(root)], check=True)
-    return root / "usr" / "share" / "openclipart" / "svg"
-
-
-def _read_svg(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf8", "replace")
-
-
-def _tags(pattern: str, text: str) -> list[str]:
-    return [html.unescape(re.sub(r"<[^>]+>", "", item)).strip() for item in re.findall(pattern, text, re.S)]
-
-
 def read_clip_art(root: Path) -> list[dict]:
-    """Every clip-art file that is marked public domain and titled: its relative path, title and keywords."""
+    """Path, title and keywords of the clip-art files that are pictures of things; keywords without meta words."""
     records = []
-    for path in sorted(root.rglob("*.svg*")):
-        relative = path.relative_to(root).as_posix()
-        metadata = re.search(r"<metadata.*?</metadata>", _read_svg(path), re.S)
-        if not metadata or relative.startswith(SKIPPED_FOLDERS):
-            continue
-        licences = re.findall(r'license rdf:resource="([^"]+)"', metadata[0])
-        titles = _tags(r"<dc:title[^>]*>(.*?)</dc:title>", metadata[0])
-        subject = re.search(r"<dc:subject>(.*?)</dc:subject>", metadata[0], re.S)
-        keywords = _tags(r"<rdf:li[^>]*>(.*?)</rdf:li>", subject[1]) if subject else []
-        title = re.sub(r"[_\d#]+", " ", titles[0]).strip() if titles else ""
-        if title and licences and all("publicdomain" in licence.lower() for licence in licences):
-            keywords = [k.lower().replace("_", " ") for k in keywords if k and k.lower() not in META_KEYWORDS]
-            records.append({"path": relative, "title": title, "keywords": keywords})
+    for record in clip_art.read_records(root):
+        if not record["path"].startswith(SKIPPED_FOLDERS):
+            keywords = [k.lower().replace("_", " ") for k in record["keywords"] if k and k.lower() not in META_KEYWORDS]
+            records.append({"path": record["path"], "title": record["title"], "keywords": keywords})
     return records
 
 
@@ -107,40 +72,9 @@ def _pixels(job: tuple[str, str, str]) -> np.ndarray | None:
     if kind == "emoji":
         return np.asarray(_emoji.render(first, second))
     try:
-        return np.asarray(_clip_art(Path(first) / second))
+        return np.asarray(clip_art.render(Path(first) / second))
     except Exception:  # a broken file among thousands only leaves the fit
         return None
-
-
-def _clip_art(path: Path) -> Image.Image:
-    """One clip-art file on the same white canvas as the emoji, cropped to what is drawn (many are full pages)."""
-    svg, width, height = _resized(_read_svg(path))
-    inner = SIZE - 2 * MARGIN
-    image = render_svg(svg, width, height, inner)
-    left, top, right, bottom = image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
-    share = max(right - left, bottom - top) / inner
-    if share < 0.9:
-        image = render_svg(svg, width, height, min(int(inner / share), 5 * inner))
-        image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
-        image.thumbnail((inner, inner), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (SIZE, SIZE), "white")
-    canvas.alpha_composite(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
-    return canvas.convert("RGB")
-
-
-def _resized(svg: str) -> tuple[str, float, float]:
-    """The SVG with a plain size and a view box in its root tag (many old files have neither), and that size."""
-    root = re.search(r"<svg\b[^>]*>", svg, re.S)
-    side = r'(?<![\w:-]){}\s*=\s*["\']\s*([\d.]+)\s*(\w*)[^"\']*["\']'
-    found = [re.search(side.format(name), root[0]) for name in ("width", "height")]
-    box = re.search(r'viewBox\s*=\s*["\']([^"\']+)["\']', root[0])
-    numbers = [float(n) for n in re.split(r"[\s,]+", box[1].strip())] if box else []
-    if len(numbers) != 4 or min(numbers[2:]) <= 0:
-        numbers = [0.0, 0.0, *(float(m[1]) * UNITS.get(m[2], 1.0) for m in found)]
-    tag = re.sub(r'(?<![\w:-])(width|height|viewBox)\s*=\s*("[^"]*"|\'[^\']*\')', "", root[0], flags=re.S)
-    width, height = numbers[2:]
-    tag = f'<svg width="{width}" height="{height}" viewBox="{" ".join(map(str, numbers))}" {tag[4:]}'
-    return svg[: root.start()] + tag + svg[root.end() :], width, height
 
 
 def render_jobs(work: Path, jobs: list[tuple[str, str, str]], workers: int) -> Iterator[np.ndarray | None]:
@@ -169,7 +103,7 @@ def features(work: Path, model: torch.nn.Module, jobs: list[tuple[str, str, str]
 
 def fit_jobs(work: Path) -> tuple[list[tuple[str, str, str]], dict[str, dict]]:
     """What is to be rendered for the fit, and the clip-art records by path."""
-    emoji, root = Emoji(work), fetch_openclipart(work)
+    emoji, root = Emoji(work), clip_art.fetch(work)
     art = {record["path"]: record for record in fit_clip_art(root)}
     jobs = [("emoji", vendor, key) for key in fit_emoji(emoji) for vendor in emoji.styles(key)]
     return jobs + [("art", str(root), path) for path in art], art

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from capt.data.compositional import CompositionalSet, Pair, build_compositional
 from capt.data.image_set import SPLITS
 from capt.data.names import normal_class_name
-from capt.data.readers.table import TABLES, read_rows
+from capt.data.readers.table import has_columns, read_rows
 from capt.data.sources import FolderSource
 from capt.errors import DataError
-
-_MAX_HEADER = 1 << 16
 
 
 def read_pair_table(
@@ -56,9 +53,4 @@ def read_pair_table(
 
 def is_pair_table(file: str | Path) -> bool:
     """Whether a list of images has a state and an object rather than a label, by its first line."""
-    file = Path(file)
-    if file.suffix.lower() not in TABLES or not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        words = re.findall(rb"\w+", stream.readline(_MAX_HEADER).lower())
-    return {b"path", b"state", b"object"} <= set(words)
+    return has_columns(file, "path", "state", "object")

@@ -47,7 +47,7 @@ def read_shard(path: Path) -> list[Sample]:
     samples: list[Sample] = []
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int | str] = {}
-    for member, content in _members(path):
+    for member, content in members(path):
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         key, extension = f"{folder}/{stem}".lstrip("/"), (dot + extension).lower()
@@ -72,8 +72,12 @@ def read_shard(path: Path) -> list[Sample]:
     return samples
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Regular members with the content of label files (empty for others), after checks."""
+def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Regular members with the content of label files (empty for others), after checks.
+
+    Raises:
+        DataError: cut short or damaged; links, devices, sparse or outside members; compressed.
+    """
     shard = f"shard '{path.name}'"
     try:
         with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as archive:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,16 @@ from capt.data.sources import FolderSource
 from capt.errors import DataError
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+_MAX_HEADER = 1 << 16
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a list: line, path as a safe relative path, what its label columns say, split ("" if not given)."""
+    """One image of a list: line, path as a safe relative path, what its label columns say, split ("" if not given).
+
+    Where one column holds several labels, ``labels`` are these.
+    """
 
     line: int
     path: str
@@ -60,16 +65,18 @@ def read_table(
     file = Path(file)
     folder = file.parent if root is None else Path(root)
     rows = read_rows(file, ("label",), folder=folder, check_files=check_files)
-    classes, labels = _labels(rows, class_names, file)
+    classes, numbers = label_numbers(rows, class_names, file)
     listed: dict[str, list[tuple[str, int]]] = {}
-    for row, label in zip(rows, labels, strict=True):
+    for row, (label,) in zip(rows, numbers, strict=True):
         listed.setdefault(row.split or "train", []).append((row.path, label))
     meta: dict[str, Any] = {"format": "table", "file": file.name}
     source = FolderSource(folder, follow_links=follow_links)
     return build(name or file.stem, classes, listed, source, root=folder, meta=meta)
 
 
-def read_rows(file: Path, columns: Sequence[str], *, folder: Path, check_files: bool = True) -> list[Row]:
+def read_rows(
+    file: Path, columns: Sequence[str], *, folder: Path, check_files: bool = True, separator: str = ""
+) -> list[Row]:
     """The rows of a list of images, checked: at least one, no image twice, every image inside ``folder``.
 
     Args:
@@ -77,6 +84,8 @@ def read_rows(file: Path, columns: Sequence[str], *, folder: Path, check_files: 
         columns: names of the label columns, which every row must have beside ``path``.
         folder: folder the paths are relative to.
         check_files: make sure now that every image file exists.
+        separator: the one label column holds any number of labels: with this text between them, in JSON as a list.
+            Empty ones are left out.
 
     Raises:
         DataError: names the line and what is wrong with it.
@@ -86,7 +95,7 @@ def read_rows(file: Path, columns: Sequence[str], *, folder: Path, check_files: 
     except OSError as error:
         raise DataError(f"'{file}': cannot be read ({error.strerror})") from error
     parse = _json_rows if file.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
-    rows = list(parse(text, file, columns))
+    rows = list(parse(text, file, columns, separator))
     if not rows:
         raise DataError(f"'{file}': found no row after the header; expected one per image")
     line_of: dict[str, int] = {}
@@ -107,6 +116,16 @@ def read_rows(file: Path, columns: Sequence[str], *, folder: Path, check_files: 
     return rows
 
 
+def has_columns(file: str | Path, *columns: str) -> bool:
+    """Whether the first line of a list has these columns or keys; False for anything but a list."""
+    file = Path(file)
+    if file.suffix.lower() not in TABLES or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        words = re.findall(rb"\w+", stream.readline(_MAX_HEADER).lower())
+    return {column.encode() for column in columns} <= set(words)
+
+
 def _decode(file: Path) -> str:
     data = file.read_bytes()
     try:
@@ -120,7 +139,7 @@ def _decode(file: Path) -> str:
     return text
 
 
-def _csv_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _csv_rows(text: str, file: Path, columns: Sequence[str], separator: str) -> Iterator[Row]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -138,7 +157,9 @@ def _csv_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
                     f"{delimiter!r} in it needs double quotes"
                 )
             row = dict(zip(header, fields, strict=True))
-            labels = tuple(row[column] for column in columns)
+            labels: tuple[str, ...] = tuple(row[column] for column in columns)
+            if separator:
+                labels = tuple(label for label in map(str.strip, labels[0].split(separator)) if label)
             yield Row(reader.line_num, safe_relative(row["path"], where), labels, _split(row.get("split"), where))
     except csv.Error as error:
         raise DataError(f"'{file}', line {reader.line_num}: not valid CSV ({error})") from error
@@ -161,7 +182,7 @@ def _header(names: list[str], file: Path, columns: Sequence[str]) -> list[str]:
     return names
 
 
-def _json_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _json_rows(text: str, file: Path, columns: Sequence[str], separator: str) -> Iterator[Row]:
     # Not splitlines(): class names may hold U+2028 and its like, which JSON does not count as line ends.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -176,12 +197,15 @@ def _json_rows(text: str, file: Path, columns: Sequence[str]) -> Iterator[Row]:
         for needed in ("path", *columns):
             if needed not in row:
                 raise DataError(f"{where}: no key {needed!r}; expected the keys {_usage(columns)}")
-        path, labels, split = row["path"], tuple(row[column] for column in columns), row.get("split")
-        if not isinstance(path, str) or not all(type(label) in (str, int) for label in labels):
-            raise DataError(f"{where}: expected a path (text) and a {', a '.join(columns)} (text or whole number)")
+        path, split = row["path"], row.get("split")
+        labels = row[columns[0]] if separator else [row[column] for column in columns]
+        if not isinstance(path, str) or type(labels) is not list or any(type(x) not in (str, int) for x in labels):
+            wanted = "a list" if separator else f"a {', a '.join(columns)}"
+            raise DataError(f"{where}: expected a path (text) and {wanted} (text or whole number)")
+        labels = [label for label in labels if not separator or str(label).strip()]
         if split is not None and not isinstance(split, str):
             raise DataError(f"{where}: expected a split (text), found {split!r}")
-        yield Row(line, safe_relative(path, where), labels, _split(split, where))
+        yield Row(line, safe_relative(path, where), tuple(labels), _split(split, where))
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,22 +224,37 @@ def _split(text: str | None, where: str) -> str:
     return split
 
 
-def _labels(rows: list[Row], class_names: Sequence[str] | None, file: Path) -> tuple[tuple[str, ...], list[int]]:
-    texts = [str(row.labels[0]).strip() for row in rows]
+def label_numbers(
+    rows: list[Row], class_names: Sequence[str] | None, file: Path
+) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The classes of a list, and the positions in them of every row's labels.
+
+    Args:
+        rows: the list.
+        class_names: the classes, in order, which labels may then name by their position; None: the labels in natural
+            order.
+        file: for messages.
+
+    Raises:
+        DataError: an empty or unknown label; names its line.
+    """
+    given = [(row.line, label, str(label).strip()) for row in rows for label in row.labels]
     if class_names is None:
-        for row, text in zip(rows, texts, strict=True):
+        for line, _, text in given:
             if not text:
-                raise DataError(f"'{file}', line {row.line}: the label is empty")
+                raise DataError(f"'{file}', line {line}: the label is empty")
         # Twins that differ in Unicode form only are two spellings of two entries: class_list refuses them.
-        class_names = sorted(set(texts), key=natural_key)
+        class_names = sorted({text for _, _, text in given}, key=natural_key)
     classes = class_list(class_names, f"'{file}'")
     place = {class_key(text): number for number, text in enumerate(classes)}
-    labels = []
-    for row, text in zip(rows, texts, strict=True):
-        number, given = place.get(class_key(text)), row.labels[0]
-        if number is None and (isinstance(given, int) or (text.isascii() and text.isdigit())) and len(text) < 10:
-            number = int(text) if 0 <= int(text) < len(classes) else None
-        if number is None:
-            raise DataError(f"'{file}', line {row.line}: the label {given!r} is none of the {len(classes)} classes")
-        labels.append(number)
-    return classes, labels
+
+    def number(line: int, label: str | int) -> int:
+        text = str(label).strip()
+        found = place.get(class_key(text))
+        if found is None and (isinstance(label, int) or (text.isascii() and text.isdigit())) and len(text) < 10:
+            found = int(text) if 0 <= int(text) < len(classes) else None
+        if found is None:
+            raise DataError(f"'{file}', line {line}: the label {label!r} is none of the {len(classes)} classes")
+        return found
+
+    return classes, [[number(row.line, label) for label in row.labels] for row in rows]

@@ -48,6 +48,16 @@ def read_index(path: Path, parse: Callable[[Any], _Parsed]) -> tuple[Any, _Parse
         raise DamagedFileError(f"'{path}': not an index of this package ({error!r}); install it again") from error
 
 
+def check_shard(shard: Path, checksum: str, *, verify: bool) -> None:
+    """Make sure that a shipped tar is there and, with ``verify``, that its SHA-256 is ``checksum``.
+
+    Raises:
+        DamagedFileError: it is not.
+    """
+    if not shard.is_file() or (verify and sha256(shard) != checksum):
+        raise DamagedFileError(f"'{shard.name}': missing or not the file the index was made for; install it again")
+
+
 def read_vendor_tars(path: Path, *, verify: bool, describe: tuple[str, ...] = ()) -> VendorTars:
     """The images that an index lists, each called "<vendor>/<key>.webp".
 
@@ -69,8 +79,7 @@ def read_vendor_tars(path: Path, *, verify: bool, describe: tuple[str, ...] = ()
     images: list[tuple[str, str, str, int]] = []
     for vendor, checksum in vendors:
         shard = path.parent / f"{vendor}.tar"
-        if not shard.is_file() or (verify and sha256(shard) != checksum):
-            raise DamagedFileError(f"'{shard.name}': missing or not the file the index was made for; install it again")
+        check_shard(shard, checksum, verify=verify)
         for sample in read_shard(shard):
             key = sample.name.rpartition(".")[0]
             label = expected.pop((vendor, key), None)
