@@ -1,7 +1,7 @@
 """MSCI, CSP and zero-shot CLIP on the shipped emoji pairs, closed and open world, and what each part of MSCI does.
 
-Three seeds a run; the test split is opened once a run. Settings were chosen on validation images (--tune prints what
-was tried). Runs that are in the output are not repeated.
+Three seeds a run; the test split is opened once a run. Settings were chosen on validation images; --tune measures some.
+Runs that are in the output are not repeated.
 
     python scripts/compositional.py --out docs/results/compositional.json
     python scripts/compositional.py --tune docs/results/compositional_tuning.json
