@@ -1,6 +1,6 @@
 """What evaluating many images of many classes costs: ``python -m benchmarks.multi_label_evaluation [--out FILE]``.
 
-Average precision of every class by the batched sort, against scikit-learn class by class and against torch's stable sort
+Average precision of every class by the batched sort, against scikit-learn class by class and torch's stable sort
 in the same chunks, on normal scores with three labels an image; each result is checked against the others.
 """
 
