@@ -370,6 +370,8 @@ def test_a_model_without_anything_to_train_can_be_run_and_loaded(tmp_path):
         ({"worlds": ()}, "worlds: expected"), ({"worlds": ("ajar",)}, "worlds: expected 'closed', 'open' or both"),
         ({"n_thresholds": -1}, "n_thresholds: expected 0 or more"), ({"seeds": (-1,)}, "seeds must be 0 or more"),
         ({"threshold": float("nan")}, "threshold: expected a finite number, found nan"),
+        ({"threshold": 0.3, "worlds": ("closed",)}, "threshold: only the open world has one"),
+        ({"token_memory": -1}, "token_memory: expected 0 or more, found -1"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(values, message):

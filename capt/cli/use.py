@@ -87,10 +87,9 @@ def _evaluate_pairs(
     from capt.methods.compositional.run import options_from_dict
 
     options = options_from_dict(read_json(run / "run.json")["options"])
-    if worlds:
-        options = replace(options, worlds=worlds)
-    if threshold is not None:
-        options = replace(options, threshold=threshold)
+    chosen = worlds or options.worlds
+    recorded = options.threshold if "open" in chosen else None
+    options = replace(options, worlds=chosen, threshold=recorded if threshold is None else threshold)
     data_set, backbone = where.open_pairs(data), model.open(run)
     with ProgressLine(quiet) as progress:
         return evaluate_run(run, data_set, backbone, options=options, progress=progress)

@@ -76,8 +76,11 @@ class CompositionalOptions:
             raise CaptError(f"worlds: expected 'closed', 'open' or both, found {list(self.worlds)}")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise CaptError(f"threshold: expected a finite number, found {self.threshold}")
-        if self.n_thresholds < 0:
-            raise CaptError(f"n_thresholds: expected 0 or more, found {self.n_thresholds}")
+        if self.threshold is not None and "open" not in self.worlds:
+            raise CaptError("threshold: only the open world has one; add 'open' to the worlds or leave it out")
+        for name in ("n_thresholds", "token_memory"):
+            if (value := getattr(self, name)) < 0:
+                raise CaptError(f"{name}: expected 0 or more, found {value}")
 
 
 class CompositionalRun:
