@@ -29,26 +29,26 @@ class TrainingOptions:
         optimizer: ``adamw``, ``sgd`` (momentum 0.9), ``adam``, or ``adamw_raw_eps`` (epsilon 1e-6 added before the
             bias correction, decay of the updated value; MSCI's code for UT-Zappos).
         lr: peak learning rate.
-        schedule: ``cosine`` to 0 over all steps, or ``halving`` it every ``halving_epochs`` epochs.
-        halving_epochs: see ``schedule``.
         weight_decay: decoupled for both forms of adamw, L2 for sgd and adam.
-        decay_all: decay every parameter; by default matrices alone.
         warmup_epochs: linear warm-up from 0.
         clip_norm: global gradient norm; 0 switches clipping off.
         amp: run the whole forward pass, losses included, under bfloat16 autocast.
+        schedule: ``cosine`` to 0 over all steps, or ``halving`` it every ``halving_epochs`` epochs.
+        halving_epochs: see ``schedule``.
+        decay_all: decay every parameter; by default matrices alone.
     """
 
     epochs: int = 20
     batch_size: int = 32
     optimizer: Literal["adamw", "sgd", "adam", "adamw_raw_eps"] = "adamw"
     lr: float = 1e-3
-    schedule: Literal["cosine", "halving"] = "cosine"
-    halving_epochs: int = 5
     weight_decay: float = 0.05
-    decay_all: bool = False
     warmup_epochs: float = 1.0
     clip_norm: float = 1.0
     amp: bool = False
+    schedule: Literal["cosine", "halving"] = "cosine"
+    halving_epochs: int = 5
+    decay_all: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or not math.isfinite(self.lr) or self.lr < 0:
