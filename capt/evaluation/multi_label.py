@@ -103,11 +103,12 @@ def average_precision(scores: Any, targets: Any, *, ties: Ties = "index") -> Flo
     Raises DataError for shapes that do not fit, NaN scores, or targets other than zero and one.
     """
     checked, positive = _checked(scores, targets)
-    precision = np.zeros(checked.shape[1])
+    average = np.zeros(checked.shape[1])
     for found in _ranked(checked, positive, ties):
-        precision += np.bincount(found.column, found.hits / found.rank, checked.shape[1])
+        average += np.bincount(found.column, found.hits / found.rank, checked.shape[1])
     counts = positive.sum(0)
-    return np.divide(precision, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+    average[counts == 0] = np.nan
+    return average / np.maximum(counts, 1)
 
 
 def best_thresholds(scores: Any, targets: Any, *, default: float = 0.5) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ entries, float32 (float64 for float64 logits). Logits are never changed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ class AsymmetricLoss(nn.Module):
     def __init__(self, gamma_pos: float = 0.0, gamma_neg: float = 4.0, margin: float = 0.05, eps: float = 1e-8) -> None:
         """CPRFL's values by default."""
         super().__init__()
-        self.options = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg, "margin": margin, "eps": eps}
+        self.loss = partial(asymmetric_loss, gamma_pos=gamma_pos, gamma_neg=gamma_neg, margin=margin, eps=eps)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss."""
-        return asymmetric_loss(logits, targets, **self.options)
+        return self.loss(logits, targets)
 
 
 class BinaryCrossEntropy(nn.Module):

@@ -20,8 +20,8 @@ def variants(mock: Any) -> Iterator[tuple[str, Any]]:
         (torch.bfloat16, torch.uint8, (0, 0), False, False),
     ]:
         compiled = k._loss_kernel.warmup(
-            mock(dtype), mock(targets), floats, floats, floats, 80_000, -18.42, -2.94, float("inf"), -18.42, 0.05, 1.25e-5,
-            GAMMA_POS=gammas[0], WHOLE_POS=isinstance(gammas[0], int), GAMMA_NEG=gammas[1],
+            mock(dtype), mock(targets), floats, floats, floats, 80_000, -18.42, -2.94, float("inf"), -18.42, 0.05,
+            1.25e-5, GAMMA_POS=gammas[0], WHOLE_POS=isinstance(gammas[0], int), GAMMA_NEG=gammas[1],
             WHOLE_NEG=isinstance(gammas[1], int), HAS_MARGIN=margin, KEEP=keep, BLOCK=k.BLOCK, num_warps=k.NUM_WARPS,
             grid=(1,),
         )  # fmt: skip
