@@ -11,8 +11,9 @@ from benchmarks.comparison import Case, Comparison, without_failing
 from benchmarks.rivals.asymmetric_loss import RIVALS
 from capt import ops, reference
 
-#: The goal names the eager forms; torch.compile is reported beside them.
-GOALS = {("textbook", "lean", "entropy"): 4.0}
+#: The goal names the eager forms; torch.compile, which takes a minute to start, is reported beside them (--all-shapes).
+EAGER = ("textbook", "lean", "entropy")
+GOALS = {EAGER: 4.0}
 # name: batch, classes, mean of the logits (0: an untrained model, -5: nearly all negatives below the margin), quick
 SHAPES = {
     "B16 C20": (16, 20, 0.0, False),
@@ -45,7 +46,7 @@ def _case(shape: str, dtype: str, direction: str, quick: bool, device: str) -> C
 
 def compare(shape: str, dtype: str, direction: str, device: str, backend: str | None) -> Comparison:
     """``ours`` on bool targets, the rivals on float32 ones, which suit them best."""
-    batch, n_classes, mean, _ = SHAPES[shape]
+    batch, n_classes, mean, quick = SHAPES[shape]
     logits = (torch.randn(batch, n_classes, device=device) * 2 + mean).to(DTYPES[dtype])
     targets = torch.rand(batch, n_classes, device=device) < 4 / n_classes
     floats = targets.float()
@@ -63,7 +64,7 @@ def compare(shape: str, dtype: str, direction: str, device: str, backend: str | 
         return ops.asymmetric_loss(x, y, backend=backend)
 
     functions: dict[str, Callable[[], tuple[Tensor, ...]]] = {"ours": both(own, targets)}
-    functions |= {name: both(rival, floats) for name, rival in RIVALS.items()}
+    functions |= {name: both(rival, floats) for name, rival in RIVALS.items() if name in EAGER or not quick}
 
     def verify() -> str:
         x = logits.double().requires_grad_()
@@ -71,8 +72,9 @@ def compare(shape: str, dtype: str, direction: str, device: str, backend: str | 
         wanted = (loss.detach(), *torch.autograd.grad(loss, x))
         for name, function in functions.items():
             for found, want in zip(function(), wanted, strict=False):
-                # Rivals form 1 - p with a rounding error of float32.
-                limit = (2 * torch.finfo(found.dtype).eps + 1e-6) * float(want.abs().max())
+                # Rivals lose digits of 1 - p, which float32 rounds.
+                slack = 1e-6 if name == "ours" else 1e-5
+                limit = (2 * torch.finfo(found.dtype).eps + slack) * float(want.abs().max())
                 if not float((found.double() - want).abs().max()) <= limit:
                     return f"{name}: error {float((found.double() - want).abs().max()):.3g}, allowed {limit:.3g}"
         return ""

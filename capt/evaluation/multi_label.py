@@ -103,12 +103,12 @@ def average_precision(scores: Any, targets: Any, *, ties: Ties = "index") -> Flo
     Raises DataError for shapes that do not fit, NaN scores, or targets other than zero and one.
     """
     checked, positive = _checked(scores, targets)
-    average: NDArray[np.float64] = np.zeros(checked.shape[1])
+    average: FloatArray = np.zeros(checked.shape[1])
     for found in _ranked(checked, positive, ties):
         average += np.bincount(found.column, found.hits / found.rank, checked.shape[1])
     counts = positive.sum(0)
-    average[counts == 0] = np.nan
     average /= np.maximum(counts, 1)
+    average[counts == 0] = np.nan
     return average
 
 
