@@ -697,6 +697,13 @@ def test_examples_of_the_page_run(tmp_path, monkeypatch, snippet, capsys):
     lines = ["path,state,object,split", *(f"photos/{row}" for row in rows)]
     table(tmp_path, "\n".join(lines), "pairs.csv")
     czsl_tree(tmp_path / "CZSL")
+    labels = ["path,labels", *(f"photos/{n}.png,{row}" for n, row in enumerate(("dog;animal", "car", "", "dog")))]
+    table(tmp_path, "\n".join(labels), "labels.csv")
+    coco = tmp_path / "DATA" / "coco"
+    save(coco / "data" / "1.png")
+    save(coco / "data" / "2.png")
+    for name, text in (("labels", "traffic light 0"), ("lt_train", "1.png 0"), ("lt_test", "2.png")):
+        (coco / f"coco_{name}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "docs/datasets.md", "exec"), {})
 

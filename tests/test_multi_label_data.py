@@ -351,6 +351,13 @@ def test_a_long_tail_leaves_no_class_without_an_image():
     images = MultiLabelImages("abc", targets, range(26), [str(n) for n in range(26)], MemorySource({}))
     tail = long_tail(images, largest=1, smallest=1)
     assert tail.counts.tolist() == [2, 1, 1] and tail.meta["long_tail"]["over"] == {"a": 1}
+
+
+def test_a_class_beyond_its_target_does_not_stop_the_others() -> None:
+    targets = [[1, 1, 0, 0]] * 3 + [[1, 0, 1, 0]] * 2 + [[0, 0, 0, 1]] * 30
+    images = MultiLabelImages("abcd", targets, range(35), [str(n) for n in range(35)], MemorySource({}))
+    tail = long_tail(images, largest=1, smallest=1)
+    assert tail.counts.tolist() == [2, 1, 1, 1] and tail.meta["long_tail"]["short"] == {}
     with pytest.raises(DataError, match="seed"):
         long_tail(images, largest=1, seed=0.5)  # type: ignore[arg-type]
 

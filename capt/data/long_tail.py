@@ -60,7 +60,7 @@ def long_tail(
         for place in mine:
             if have[label] >= wanted[label]:
                 break
-            if not chosen[place] and (have + targets[place] <= wanted).all():
+            if not chosen[place] and (have < wanted).all(where=targets[place] == 1):
                 chosen[place] = True
                 have += targets[place]
         if not have[label] and len(mine):
