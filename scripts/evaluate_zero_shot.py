@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from model.encoders import allow_torchvision
 from PIL import Image
-from sklearn.metrics import average_precision_score
 
 ASSETS = Path(__file__).resolve().parents[1] / "capt" / "assets"
 STAMPS, STAMPS_VERSION = "tuxpaint-stamps-default", "2022.06.04-1"
@@ -156,6 +155,7 @@ def emoji_pairs(clip: Clip) -> list[dict]:
 def clipart(clip: Clip) -> list[dict]:
     """Mean average precision over the classes of the clip art, on all test images and on those outside the fit."""
     from capt.data import load_multi_label
+    from capt.evaluation.multi_label import MultiLabelResult
 
     data = load_multi_label("clipart")
     rows = clip.images([data.test.image(index) for index in range(len(data.test))])
@@ -166,13 +166,10 @@ def clipart(clip: Clip) -> list[dict]:
     outside = np.array([name not in fitted for name in data.test.names])
     results = []
     for title, mask in (("all", np.ones_like(outside)), ("outside the fit", outside)):
-        found = data.test.targets[mask].any(0)
-        precision = np.full(len(data.classes), np.nan)
-        precision[found] = [100 * average_precision_score(data.test.targets[mask, c], scores[mask, c])
-                            for c in np.flatnonzero(found)]  # fmt: skip
-        groups = {name: float(np.nanmean(precision[ids])) for name, ids in vars(data.groups()).items()}
-        results.append({"test": f"clip art, {title}", "images": int(mask.sum()), "classes": int(found.sum()),
-                        "total": float(np.nanmean(precision)), **groups})  # fmt: skip
+        found = MultiLabelResult.of(scores[mask], data.test.targets[mask], data.frequency)
+        means = {group: 100 * found.mean(group) for group in ("total", "head", "medium", "tail")}
+        results.append({"test": f"clip art, {title}", "images": int(mask.sum()),
+                        "classes": len(data.classes) - len(found.excluded), **means})  # fmt: skip
     return results
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from capt.data.multi_label import frequency_groups
 from capt.errors import DataError
 from capt.evaluation import multi_label
 from capt.evaluation.multi_label import (
     MultiLabelResult,
     average_precision,
     best_thresholds,
-    frequency_groups,
     label_metrics,
     predicted_labels,
 )
@@ -110,10 +110,10 @@ def test_33_total_is_the_size_weighted_mean_of_the_groups():
 
 
 def test_33_boundaries_of_the_groups_and_classes_without_a_positive():
-    assert {name: members.tolist() for name, members in frequency_groups([100, 99, 20, 19, 0]).items()} == {
+    assert {name: members.tolist() for name, members in vars(frequency_groups([100, 99, 20, 19, 0])).items()} == {
         "head": [0], "medium": [1, 2], "tail": [3, 4],
     }  # fmt: skip
-    assert frequency_groups([3, 2], thresholds=(3, 1))["head"].tolist() == [0]
+    assert frequency_groups([3, 2], thresholds=(3, 1)).head.tolist() == [0]
     scores, targets = np.eye(4, 5), np.eye(4, 5)
     result = MultiLabelResult.of(scores, targets, [100, 99, 20, 19, 0])
     assert result.excluded.tolist() == [4] and result.mean() == result.mean("tail") == 1.0
@@ -250,7 +250,7 @@ def test_20000_images_of_1200_classes_take_seconds_and_memory_of_one_chunk():
         (lambda: average_precision([[0.5]], [[2]]), "targets must be zero or one"),
         (lambda: average_precision([[0.5]], [[1]], ties="first"), "ties must be"),
         (lambda: MultiLabelResult.of([[0.5]], [[1]], [1, 2]), "one number for 1 classes"),
-        (lambda: frequency_groups([1], thresholds=(20, 100)), "must descend"),
+        (lambda: frequency_groups([1], thresholds=(20, 100)), "expected .head, medium. with head >= medium"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

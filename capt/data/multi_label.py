@@ -72,6 +72,22 @@ class ClassGroups:
     tail: NDArray[np.int64]
 
 
+def frequency_groups(frequency: ArrayLike, thresholds: tuple[int, int] = THRESHOLDS) -> ClassGroups:
+    """Head, medium and tail classes.
+
+    Args:
+        frequency: int [C], training positives of each class.
+        thresholds: (h, m); a class with at least h training positives is head, with at least m medium, else tail.
+            Source: CPRFL's evaluation, 100 and 20.
+    """
+    head, medium = thresholds
+    if not head >= medium >= 0:
+        raise DataError(f"thresholds: found {thresholds}, expected (head, medium) with head >= medium >= 0")
+    counts = np.asarray(frequency)
+    rank = (counts < head).astype(np.int64) + (counts < medium)
+    return ClassGroups(*(np.flatnonzero(rank == place) for place in range(3)))
+
+
 @dataclass(frozen=True)
 class MultiLabelSet(Splits[MultiLabelImages]):
     """A data set whose images have any number of labels; see :class:`Splits`.
@@ -84,17 +100,8 @@ class MultiLabelSet(Splits[MultiLabelImages]):
     frequency: NDArray[np.int64] = field(kw_only=True)
 
     def groups(self, thresholds: tuple[int, int] = THRESHOLDS) -> ClassGroups:
-        """Head, medium and tail classes.
-
-        Args:
-            thresholds: (h, m); a class with at least h training positives is head, with at least m medium, else tail.
-                Source: CPRFL's evaluation, 100 and 20.
-        """
-        head, medium = thresholds
-        if not head >= medium >= 0:
-            raise DataError(f"thresholds: found {thresholds}, expected (head, medium) with head >= medium >= 0")
-        rank = (self.frequency < head).astype(np.int64) + (self.frequency < medium)
-        return ClassGroups(*(np.flatnonzero(rank == place) for place in range(3)))
+        """Head, medium and tail classes, see :func:`frequency_groups`."""
+        return frequency_groups(self.frequency, thresholds)
 
     def hold_out(self, fraction: float, seed: int = 0) -> MultiLabelSet:
         """The same data with a validation split taken from the training images by :func:`hold_out`.

@@ -17,7 +17,6 @@ from capt.evaluation.multi_label import (
     MultiLabelResult,
     average_precision,
     best_thresholds,
-    frequency_groups,
     label_metrics,
     predicted_labels,
 )
@@ -52,7 +51,6 @@ __all__ = [
     "correction_metrics",
     "feasibility",
     "feasibility_thresholds",
-    "frequency_groups",
     "harmonic_mean",
     "label_metrics",
     "mean_std",

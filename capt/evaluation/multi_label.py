@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capt.data.multi_label import THRESHOLDS, frequency_groups
 from capt.errors import DataError
 from capt.evaluation.metrics import harmonic_mean
 
@@ -132,16 +133,6 @@ def best_thresholds(scores: Any, targets: Any, *, default: float = 0.5) -> NDArr
 # ---- means over classes ------------------------------------------------------------------------------------------
 
 
-def frequency_groups(frequency: Any, thresholds: tuple[int, int] = (100, 20)) -> dict[str, IntArray]:
-    """Class ids of "head", "medium" and "tail": at least 100, at least 20, and fewer than 20 training images."""
-    counts = np.asarray(frequency)
-    head, medium = thresholds
-    if not head >= medium:
-        raise DataError(f"thresholds must descend, found {thresholds}")
-    member = (counts >= head, (counts < head) & (counts >= medium), counts < medium)
-    return {name: np.flatnonzero(inside) for name, inside in zip(GROUPS, member, strict=True)}
-
-
 @dataclass(frozen=True, eq=False)
 class MultiLabelResult:
     """Average precision of every class, and its means.
@@ -156,7 +147,7 @@ class MultiLabelResult:
     average_precision: FloatArray
     positives: IntArray
     frequency: IntArray
-    thresholds: tuple[int, int] = (100, 20)
+    thresholds: tuple[int, int] = THRESHOLDS
 
     @classmethod
     def of(
@@ -165,7 +156,7 @@ class MultiLabelResult:
         targets: Any,
         frequency: Any,
         *,
-        thresholds: tuple[int, int] = (100, 20),
+        thresholds: tuple[int, int] = THRESHOLDS,
         ties: Ties = "index",
     ) -> MultiLabelResult:
         """Evaluate scores [N, C]; see :func:`average_precision`."""
@@ -178,7 +169,7 @@ class MultiLabelResult:
     @cached_property
     def groups(self) -> dict[str, IntArray]:
         """Class ids of head, medium and tail."""
-        return frequency_groups(self.frequency, self.thresholds)
+        return vars(frequency_groups(self.frequency, self.thresholds))
 
     @property
     def excluded(self) -> IntArray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt.data.readers.plain_pickle import PlainMachine, Refused
+from capt.data.readers.plain_pickle import PlainMachine, Refused, read_limited
 from capt.errors import DataError
 
 _MAX_BYTES = 64 << 20
@@ -49,13 +49,7 @@ def read_coop_pickle(path: str | Path) -> dict[str, list[Datum]]:
         DataError: the file is missing, larger than 64 MiB, damaged, or anything but a dict of lists of records.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise DataError(f"'{path.name}': {size:,} bytes, more than the limit {_MAX_BYTES:,} for a few-shot list")
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"'{path.name}': cannot be read ({error.strerror})") from error
+    data = read_limited(path, _MAX_BYTES, "a few-shot list")
     try:
         stream = io.BytesIO(data)
         value = _DatumMachine().run(stream)

@@ -7,7 +7,10 @@ keys; every other instruction ends it.
 from __future__ import annotations
 
 import pickletools
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from capt.errors import DataError
 
 _MARK = object()
 _MAX_INSTRUCTIONS = 10_000_000
@@ -17,6 +20,21 @@ _VALUES = frozenset(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BININT", 
 
 class Refused(Exception):
     """The pickle is more than the plain data it is read for; says what."""
+
+
+def read_limited(path: Path, limit: int, what: str) -> bytes:
+    """The bytes of a file that holds ``what``.
+
+    Raises:
+        DataError: the file is missing or larger than ``limit`` bytes.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise DataError(f"'{path.name}': {size:,} bytes, more than the limit {limit:,} for {what}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path.name}': cannot be read ({error.strerror})") from error
 
 
 class PlainMachine:

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from capt.data.readers.plain_pickle import PlainMachine, Refused
+from capt.data.readers.plain_pickle import PlainMachine, Refused, read_limited
 from capt.errors import DataError
 
 _MAX_BYTES = 128 << 20
@@ -28,13 +28,7 @@ def read_t7(path: str | Path) -> Any:
         DataError: the file is missing, larger than 128 MiB, damaged, or holds anything else; nothing of it is run.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise DataError(f"'{path.name}': {size:,} bytes, more than the limit {_MAX_BYTES:,} for metadata")
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"'{path.name}': cannot be read ({error.strerror})") from error
+    data = read_limited(path, _MAX_BYTES, "metadata")
     try:
         return _zipped(data) if data.startswith(b"PK\3\4") else _legacy(data)
     except Refused as error:
