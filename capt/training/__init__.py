@@ -2,5 +2,6 @@
 
 from capt.training.loop import TrainingOptions, train
 from capt.training.token_store import TokenStore
+from capt.training.weight_average import WeightAverage
 
-__all__ = ["TokenStore", "TrainingOptions", "train"]
+__all__ = ["TokenStore", "TrainingOptions", "WeightAverage", "train"]

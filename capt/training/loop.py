@@ -33,9 +33,12 @@ class TrainingOptions:
         warmup_epochs: linear warm-up from 0.
         clip_norm: global gradient norm; 0 switches clipping off.
         amp: run the whole forward pass, losses included, under bfloat16 autocast.
-        schedule: ``cosine`` to 0 over all steps, or ``halving`` it every ``halving_epochs`` epochs.
+        schedule: ``cosine`` to 0 over all steps; ``halving`` it every ``halving_epochs`` epochs; ``one-cycle``: from
+            1/25 up to the peak over the first tenth of all steps and down to nearly 0, both as half a cosine, with
+            the momentum going the other way.
         halving_epochs: see ``schedule``.
         decay_all: decay every parameter; by default matrices alone.
+        stop_epoch: end after this many epochs of the schedule; 0: after all.
     """
 
     epochs: int = 20
@@ -46,9 +49,10 @@ class TrainingOptions:
     warmup_epochs: float = 1.0
     clip_norm: float = 1.0
     amp: bool = False
-    schedule: Literal["cosine", "halving"] = "cosine"
+    schedule: Literal["cosine", "halving", "one-cycle"] = "cosine"
     halving_epochs: int = 5
     decay_all: bool = False
+    stop_epoch: int = 0
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or not math.isfinite(self.lr) or self.lr < 0:
@@ -63,6 +67,8 @@ class TrainingOptions:
         for name in ("weight_decay", "warmup_epochs", "clip_norm"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise CaptError(f"{name}: expected a finite number >= 0, found {value}")
+        if not 0 <= self.stop_epoch <= self.epochs:
+            raise CaptError(f"stop_epoch: expected 0 to epochs={self.epochs}, found {self.stop_epoch}")
         if self.halving_epochs < 1:
             raise CaptError(f"halving_epochs: expected at least 1, found {self.halving_epochs}")
 
@@ -76,6 +82,7 @@ def train(
     generator: torch.Generator,
     metrics_path: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> list[float]:
     """Minimise ``step(indices, generator)["loss"]``.
 
@@ -86,6 +93,7 @@ def train(
         generator: CPU generator; the only source of order and augmentation choices.
         metrics_path: JSONL file, one line an epoch: mean of every loss, learning rate, gradient norm.
         progress: called with (epoch, epochs, mean loss).
+        after_step: called after every update of the parameters.
 
     Returns:
         Mean loss of each epoch.
@@ -113,21 +121,12 @@ def train(
     optimizer = _optimizer(groups, options)
     batch_size = min(options.batch_size, n_samples)
     steps_per_epoch = math.ceil(n_samples / batch_size)
-    total = steps_per_epoch * options.epochs
-    warmup = max(int(steps_per_epoch * options.warmup_epochs), 1)
-
-    def rate(index: int) -> float:
-        if index < warmup and options.warmup_epochs > 0:
-            return (index + 1) / warmup
-        if options.schedule == "halving":
-            return float(0.5 ** (index // steps_per_epoch // options.halving_epochs))
-        return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(total - warmup, 1)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = _schedule(optimizer, options, steps_per_epoch)
+    last_epoch = options.stop_epoch or options.epochs
     history: list[float] = []
     log = metrics_path.open("a", encoding="utf-8") if metrics_path else nullcontext()
     with log as stream:
-        for epoch in range(options.epochs):
+        for epoch in range(last_epoch):
             order = torch.randperm(n_samples, generator=generator).split(batch_size)
             norm = sums = first_bad = torch.zeros((), device=device)
             names: list[str] = []
@@ -140,6 +139,8 @@ def train(
                 norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm or math.inf)
                 optimizer.step()
                 schedule.step()
+                if after_step is not None:
+                    after_step()
                 values = torch.stack([value.detach().float() for value in losses.values()])
                 if index == 0:
                     sums, first_bad = torch.zeros_like(values), torch.full((len(names) + 1,), math.inf, device=device)
@@ -156,8 +157,28 @@ def train(
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             if progress is not None:
-                progress(epoch + 1, options.epochs, means["loss"])
+                progress(epoch + 1, last_epoch, means["loss"])
     return history
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, options: TrainingOptions, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    total = steps_per_epoch * options.epochs
+    if options.schedule == "one-cycle":
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        total = max(total, 2)  # the rise needs two steps to be one
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total, pct_start=max(0.1, 2 / total))
+    warmup = max(int(steps_per_epoch * options.warmup_epochs), 1)
+
+    def rate(index: int) -> float:
+        if index < warmup and options.warmup_epochs > 0:
+            return (index + 1) / warmup
+        if options.schedule == "halving":
+            return float(0.5 ** (index // steps_per_epoch // options.halving_epochs))
+        return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(total - warmup, 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def _optimizer(groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from capt.errors import CaptError, DamagedFileError
+from capt.errors import CaptError
 from capt.evaluation import PrimitiveFactors, primitive_factors, released_copies
-from capt.files import load_tensors, save_tensors, write_json
+from capt.methods.tuned_model import TunedModel
 from capt.training.loop import TrainingOptions
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
 
-_SCHEMA = 1
 Profile = Literal["clean", "released"]
 Weights = tuple[float, float, float]
 
@@ -91,7 +89,7 @@ class View(NamedTuple):
     keys: Any = None
 
 
-class CompositionalModel(nn.Module):
+class CompositionalModel(TunedModel):
     """A CLIP model, tuned or not, seen as: texts of pairs, a view of images, logits of each against each.
 
     Attributes:
@@ -102,7 +100,6 @@ class CompositionalModel(nn.Module):
         config: its settings.
     """
 
-    kind: ClassVar[str] = ""
     config_type: ClassVar[type[CompositionalConfig]] = CompositionalConfig
     train_pairs: Tensor
 
@@ -114,8 +111,7 @@ class CompositionalModel(nn.Module):
         train_pairs: Tensor,
         config: CompositionalConfig | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.states, self.objects = tuple(states), tuple(objects)
         self.register_buffer("train_pairs", train_pairs.to(backbone.device), persistent=False)
         self.config = config or self.config_type()
@@ -180,48 +176,15 @@ class CompositionalModel(nn.Module):
             prompts = texts.pair[start : start + self.config.pair_chunk]
             yield start, weight * self.branch_logits(view, view.pair, prompts).float()
 
-    # ---- training and storage ------------------------------------------------------------------------
+    # ---- storage -------------------------------------------------------------------------------------
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that learn, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def train(self, mode: bool = True) -> CompositionalModel:
-        """Training mode of the trained parts; the backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """What was learned, by name: everything but the frozen backbone."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``state.json`` and ``model.safetensors`` into ``folder``."""
-        folder, state = Path(folder), self.state()
-        record: dict[str, Any] = {
-            "schema": _SCHEMA, "method": self.kind, "config": asdict(self.config), "states": list(self.states),
-            "objects": list(self.objects), "train_pairs": self.train_pairs.tolist(),
-            "backbone": self.backbone.fingerprint(),
-        }  # fmt: skip
-        if state:
-            record["sha256"] = save_tensors(folder / "model.safetensors", state)
-        write_json(folder / "state.json", record)
-
-    def restore(self, folder: Path, record: dict[str, Any]) -> None:
-        """Read what :meth:`save` wrote into this freshly made model.
-
-        Raises:
-            DamagedFileError: the tensors were changed or are not this model's.
-        """
-        tensors = load_tensors(folder / "model.safetensors", record["sha256"]) if "sha256" in record else {}
-        own = self.state()
-        if tensors.keys() != own.keys() or any(tensors[name].shape != value.shape for name, value in own.items()):
-            raise DamagedFileError(
-                f"'{folder / 'model.safetensors'}': its tensors are not those of a '{self.kind}' model with the "
-                "recorded configuration; fit it again"
-            )
-        self.load_state_dict(tensors, strict=False)
+    def record(self) -> dict[str, Any]:
+        """Names and training pairs."""
+        return {
+            "states": list(self.states),
+            "objects": list(self.objects),
+            "train_pairs": self.train_pairs.tolist(),
+        }
 
 
 class ZeroShotPairs(CompositionalModel):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from capt.errors import CaptError, DamagedFileError, DataError
-from capt.files import read_json
+from capt.errors import CaptError, DamagedFileError
 from capt.methods.compositional.csp import CSP
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, ZeroShotPairs
 from capt.methods.msci import MSCI
+from capt.methods.tuned_model import read_state
 from capt.training.loop import TrainingOptions
 
 if TYPE_CHECKING:
@@ -49,16 +49,7 @@ def load_model(folder: str | Path, backbone: Backbone) -> CompositionalModel:
         CaptError: ``backbone`` is not the one it was trained on.
     """
     folder = Path(folder)
-    if not (folder / "state.json").is_file():
-        raise DataError(f"'{folder / 'state.json'}': no trained model there; was the run interrupted? Fit it again")
-    record = read_json(folder / "state.json")
-    if not isinstance(record, dict) or record.get("schema") != 1 or record.get("method") not in MODELS:
-        raise DamagedFileError(f"'{folder / 'state.json'}': not a compositional model of schema 1; fit it again")
-    if (trained_on := str(record.get("backbone"))) != backbone.fingerprint():
-        raise CaptError(
-            f"'{folder}': trained on another backbone (fingerprint {trained_on[:16]}..., this one has "
-            f"{backbone.fingerprint()[:16]}...); give the same --model and --pretrained as in run.json"
-        )
+    record = read_state(folder, backbone, MODELS, "compositional model")
     kind = record["method"]
     try:
         model = MODELS[kind](

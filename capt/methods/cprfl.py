@@ -1,0 +1,155 @@
+"""CPRFL: category prompts refined with the image, for long-tailed multi-label classification."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from capt.methods.cprfl_config import CPRFLConfig
+from capt.methods.multi_label.model import MultiLabelModel, spoken
+from capt.modules.prompt_initialiser import PromptInitialiser
+from capt.modules.visual_semantic_interaction import VisualSemanticInteraction
+
+if TYPE_CHECKING:
+    from capt.backbones import Backbone
+
+TEMPLATE = "a photo of a {}."
+#: Epochs of ten in which the interaction, and in which the prompt network does not learn (``alternate``).
+_FROZEN = {"interaction": range(0, 5), "prompt_initialiser": range(5, 9)}
+
+
+class CPRFL(MultiLabelModel):
+    """Text embeddings of class names become category prompts, which look at the patches and score what they saw.
+
+    ``P = prompt_initialiser(T)``, ``P' = interaction(projection(patches), P)``, logit of class c ``<p'_c, p_c>``.
+
+    Attributes:
+        text: T, un-normalised text embeddings of ``a photo of a {class}.``, float32 [C, d_t]; what the frozen tower
+            gives, stored with the model.
+        tuned: a copy of the backbone whose towers learn, if one does; None otherwise.
+
+    Source: CPRFL, arXiv 2408.08125. Towers stay in evaluation mode, so statistics of batch normalisation are kept;
+    frozen towers by default: ours.
+    """
+
+    kind = "cprfl"
+    config_type = CPRFLConfig
+    config: CPRFLConfig
+    text: Tensor
+
+    def __init__(self, backbone: Backbone, classes: Sequence[str], config: CPRFLConfig | None = None) -> None:
+        super().__init__(backbone, classes, config)
+        chosen = self.config
+        tokens = backbone.tokenize([TEMPLATE.replace("{}", name) for name in spoken(self.classes)]).to(backbone.device)
+        with torch.no_grad():
+            text = torch.cat([encode_trimmed(backbone, part) for part in tokens.split(256)]).float()
+        self.register_buffer("text", text)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.tuned = self._tuned_copy() if chosen.train_text or chosen.train_image else None
+        self._learns = set(self.trainable())  # of the towers; kept when training has ended
+        self.prompt_initialiser = PromptInitialiser(
+            text.shape[1], chosen.dim, hidden_ratio=chosen.hidden_ratio, linear=chosen.linear_prompts,
+            dropout=chosen.prompt_dropout,
+        )  # fmt: skip
+        self.projection = nn.Linear(backbone.token_dim, chosen.dim)
+        self.interaction = VisualSemanticInteraction(
+            chosen.dim, depth=chosen.depth, n_heads=chosen.n_heads, head_dim=chosen.head_dim,
+            hidden=chosen.feed_forward, residual=chosen.residual, dropout=chosen.interaction_dropout,
+        )  # fmt: skip
+
+    def _tuned_copy(self) -> Backbone:
+        tuned = copy.deepcopy(self.backbone)
+        for name, parameter in tuned.model.named_parameters():
+            image = name.startswith(("visual.", "vision_model.", "visual_projection."))
+            scale = name.endswith(("logit_scale", "logit_bias"))
+            parameter.requires_grad_(not scale and (self.config.train_image if image else self.config.train_text))
+        return tuned
+
+    # ---- images --------------------------------------------------------------------------------------
+
+    @property
+    def input_kind(self) -> Hashable:
+        """Frozen patches, or pictures where the image tower learns."""
+        return ("images" if self.config.train_image else "patches", self.config.normalize)
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Patches [B, W, D] of the frozen tower, or the images themselves where it learns."""
+        if not self.config.normalize:
+            like = self.backbone.train_transform
+            mean, std = (images.new_tensor(values)[:, None, None] for values in (like.mean, like.std))
+            images = images * std + mean
+        if self.config.train_image:
+            return images
+        with torch.no_grad():
+            return self._patches(self.backbone, images)
+
+    def _patches(self, backbone: Backbone, images: Tensor) -> Tensor:
+        images = images.to(device=backbone.device, dtype=backbone.dtype)
+        return backbone.tower.patches(backbone.tower.run(images)).float()
+
+    # ---- scores --------------------------------------------------------------------------------------
+
+    def category_prompts(self) -> Tensor:
+        """P, [C, dim]."""
+        text = self.text
+        if self.tuned is not None and self.config.train_text:
+            text = encode_trimmed(self.tuned, self.get_buffer("tokens")).float()
+        prompts: Tensor = self.prompt_initialiser(text)
+        return prompts
+
+    def features(self, inputs: Tensor, prompts: Tensor) -> Tensor:
+        """Category-specific features P', [B, C, dim], of :meth:`inputs` and :meth:`category_prompts`."""
+        features: Tensor = self.interaction(self._projected(inputs), prompts)
+        return features
+
+    def _projected(self, inputs: Tensor) -> Tensor:
+        if self.tuned is not None and self.config.train_image:
+            inputs = self._patches(self.tuned, inputs)
+        projected: Tensor = self.projection(inputs)
+        return projected
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """``<p'_c, p_c>``, float32 [B, C]."""
+        prompts = self.category_prompts()
+        if self.config.paths == "both":
+            return self.interaction.scores(self._projected(inputs), prompts).float()
+        features = self.features(inputs, prompts)
+        if self.config.paths == "encoder":
+            prompts = prompts.detach()
+        else:
+            features = features.detach()
+        return (features.float() * prompts.float()).sum(-1)
+
+    # ---- training ------------------------------------------------------------------------------------
+
+    def trained_by_rate(self) -> Mapping[float, list[nn.Parameter]]:
+        """The towers with their own factor on the learning rate."""
+        rates: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trainable().items():
+            rate = self.config.backbone_lr_mult if name.startswith("tuned.") else 1.0
+            rates.setdefault(rate, []).append(parameter)
+        return rates
+
+    def start_epoch(self, epoch: int) -> None:
+        """Freeze what the schedule of ``alternate`` leaves as it is."""
+        if self.config.refinement == "alternate":
+            for name, epochs in _FROZEN.items():
+                self.get_submodule(name).requires_grad_(epoch % 10 not in epochs)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learned, by name; of the tuned towers only what learns."""
+        found = super().state()
+        return {name: value for name, value in found.items() if not name.startswith("tuned.") or name in self._learns}
+
+
+def encode_trimmed(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """Un-normalised features [N, d_t] of token ids int64 [N, L]; padding that no text needs is left out where exact."""
+    tower = backbone.text_tower
+    if not tower.causal:
+        return tower.encode(tokens)
+    end = tower.eot_index(tokens)
+    return tower.encode_embedded(tower.embed(tokens[:, : int(end.max()) + 1]), end)

@@ -1,0 +1,304 @@
+"""A run: train every seed with the test split locked, then open it once.
+
+A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``training_images.json``,
+``summary.json`` (metrics), and a ``seed-S/MODEL`` folder each with the trained model, its logs, ``scores.safetensors``
+(logits and targets of all test images, from which all metrics and figures follow) and ``classes.json``.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+import capt
+from capt.backbones.transforms import EvalTransform
+from capt.data.lock import TestLock, lock_test
+from capt.data.multi_label import THRESHOLDS
+from capt.errors import CaptError, DamagedFileError, DataError
+from capt.evaluation.multi_label import GROUPS, MultiLabelResult, label_metrics
+from capt.evaluation.protocols import aggregate_seeds
+from capt.files import read_json, save_tensors, write_json
+from capt.methods.multi_label.model import MultiLabelConfig, MultiLabelModel
+from capt.methods.multi_label.registry import config_from_dict, load_model, model_type
+from capt.methods.multi_label.training import InputCache, choose_thresholds, fit_model, make_model, scores
+from capt.methods.runs.options import Progress
+from capt.methods.runs.seeds import clear_folder, row_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from capt.backbones import Backbone
+    from capt.data import MultiLabelSet
+
+_SCHEMA = 1
+_TRAINED_ON = "training_images.json"
+METRICS = ("map", *(f"map_{group}" for group in GROUPS))
+
+
+@dataclass(frozen=True)
+class MultiLabelOptions:
+    """What a run does beside the methods themselves.
+
+    Attributes:
+        seeds: one model each.
+        val_fraction: part of the training images that is held out for validation where the data has no such split.
+        head: least training images of a head class.
+        medium: least training images of a medium class; rarer ones are tail.
+        resize: ``squash`` whole pictures to the model's size, or prepare them as the model does (``native``), which
+            may cut off what is not in the middle.
+        token_memory: bytes of frozen inputs to keep for each split; above it they are computed again when needed.
+    """
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    val_fraction: float = 0.15
+    head: int = THRESHOLDS[0]
+    medium: int = THRESHOLDS[1]
+    resize: Literal["squash", "native"] = "squash"
+    token_memory: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise CaptError(f"seeds: expected distinct numbers of 0 or more, at least one, found {list(self.seeds)}")
+        if not 0 < self.val_fraction < 1:
+            raise CaptError(f"val_fraction: expected a number between 0 and 1, found {self.val_fraction}")
+        if not self.head >= self.medium >= 0:
+            raise CaptError(f"head, medium: expected head >= medium >= 0, found {self.head} and {self.medium}")
+        if self.resize not in ("squash", "native"):
+            raise CaptError(f"resize: expected 'squash' or 'native', found {self.resize!r}")
+        if self.token_memory < 0:
+            raise CaptError(f"token_memory: expected 0 or more, found {self.token_memory}")
+
+
+def picture_transform(backbone: Backbone, resize: str) -> Callable[..., Tensor]:
+    """Evaluation transform of a backbone: its own, or one that squashes whole pictures to its size."""
+    if resize == "native":
+        return backbone.preprocess
+    like = backbone.train_transform
+    return EvalTransform(like.size, like.mean, like.std, like.interpolation, resize_mode="squash")
+
+
+class MultiLabelRun:
+    """One data set, one backbone, several seeds; models by row name, and zero-shot CLIP beside them."""
+
+    def __init__(
+        self, data: MultiLabelSet, backbone: Backbone, models: Mapping[str, MultiLabelConfig],
+        options: MultiLabelOptions | None = None, *, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare; no image is opened yet. ``models``: settings by row name."""
+        if row_name("zero-shot") in models or not models:
+            raise CaptError(f"models: expected at least one, none called 'zero_shot', found {list(models)}")
+        self.options = options or MultiLabelOptions()
+        if data.test is None or not len(data.test):
+            raise DataError(f"'{data.name}' has no test images; a list needs a column 'split' with 'train' and 'test'")
+        if data.val is None:
+            data = data.hold_out(self.options.val_fraction)
+        assert data.val is not None
+        for split, images in (("training", data.train), ("validation", data.val)):
+            if not images.counts.any():
+                raise DataError(f"'{data.name}': none of its {len(images)} {split} images has a label; expected some")
+        self.lock = TestLock()
+        self.data = lock_test(data, self.lock)
+        self.backbone, self.models = backbone, dict(models)
+        self.progress = progress or (lambda what, done, total: None)
+        transform = picture_transform(backbone, self.options.resize)
+        self.cache = InputCache(backbone, transform, self.options.token_memory, self.progress)
+
+    # ---- training ------------------------------------------------------------------------------------
+
+    def fit(self, out: str | Path, **record: Any) -> dict[int, dict[str, MultiLabelModel]]:
+        """Train every model of every seed and write its folder; the test split stays shut.
+
+        ``record``: further entries of ``run.json``, such as how the backbone was opened.
+        """
+        out, started = Path(out), time.perf_counter()
+        self._try()
+        clear_folder(out)
+        self._record(out, record)
+        trained: dict[int, dict[str, MultiLabelModel]] = {}
+        for seed in self.options.seeds:
+            trained[seed] = {}
+            for name, config in self.models.items():
+                folder = out / f"seed-{seed}" / name
+                model = fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
+                model.save(folder)
+                trained[seed][name] = model
+        self._update(out, training_seconds=round(time.perf_counter() - started, 1))
+        return trained
+
+    def _try(self) -> None:
+        """Refuse settings and names that do not fit before anything is removed or trained."""
+        with torch.random.fork_rng(devices=[]):
+            for config in self.models.values():
+                make_model(config, self.data, self.backbone)
+                config.make_loss(torch.from_numpy(self.data.train.counts.copy()), len(self.data.train))
+
+    def _record(self, out: Path, further: Mapping[str, Any]) -> None:
+        write_json(
+            out / "run.json",
+            {
+                "schema": _SCHEMA,
+                "method": "multi-label",
+                "protocol": "multi-label",
+                "models": {name: {"kind": model_type(c).kind, **asdict(c)} for name, c in self.models.items()},
+                "options": asdict(self.options),
+                "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
+                "data": self.data.record(),
+                "classes": list(self.data.classes),
+                "frequency": self.data.frequency.tolist(),
+                "versions": {"capt": capt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+                "hashes": {"backbone": self.backbone.fingerprint(), "data": self.data.fingerprint()},
+                "test_opened": 0,
+                **further,
+            },
+        )
+        write_json(out / _TRAINED_ON, sorted([*self.data.train.names, *self._validation.names]))
+
+    def _update(self, out: Path, **values: Any) -> None:
+        write_json(out / "run.json", {**read_json(out / "run.json"), **values})
+
+    @property
+    def _validation(self) -> Any:
+        return self.data.val
+
+    # ---- evaluation ----------------------------------------------------------------------------------
+
+    def evaluate(
+        self, out: str | Path, models: Mapping[int, Mapping[str, MultiLabelModel]], *, write: bool = True
+    ) -> dict[str, Any]:
+        """Open the test split and score every model; ``run.json`` counts how often this was done."""
+        out, started = Path(out), time.perf_counter()
+        self._update(out, test_opened=read_json(out / "run.json").get("test_opened", 0) + 1)
+        zero_shot = make_model(MultiLabelConfig(), self.data, self.backbone).eval()
+        choose_thresholds(zero_shot, self._validation, self.cache(zero_shot, self._validation, "val"))
+        records: dict[str, dict[str, dict[str, Any]]] = {}
+        with self.lock.opened():
+            alone = self._evaluate_one("zero-shot", zero_shot)
+            for seed, of_seed in models.items():
+                found = {"zero_shot": alone} | {
+                    name: self._evaluate_one(f"seed {seed}: {name}", model) for name, model in of_seed.items()
+                }
+                for name, (metrics, classes, tensors) in found.items():
+                    records.setdefault(name, {})[str(seed)] = metrics
+                    if write:
+                        folder = out / f"seed-{seed}" / name
+                        save_tensors(folder / "scores.safetensors", tensors)
+                        write_json(folder / "classes.json", classes)
+        summary = self._summarise(out, records)
+        summary["timing"] = {
+            "training_seconds": read_json(out / "run.json").get("training_seconds", 0.0),
+            "evaluation_seconds": round(time.perf_counter() - started, 1),
+        }
+        if write:
+            write_json(out / "summary.json", summary)
+        return summary
+
+    def _evaluate_one(
+        self, what: str, model: MultiLabelModel
+    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Tensor]]:
+        """Metrics of one model, what it does on each class, and its logits."""
+        images = self.data.test
+        assert images is not None
+        found = scores(
+            model, self.cache(model, images, "test"), len(images),
+            lambda done, total: self.progress(f"evaluating {what}", done, total),
+        )  # fmt: skip
+        thresholds = model.thresholds.cpu()
+        targets = torch.from_numpy(images.targets.copy())
+        result = MultiLabelResult.of(
+            found, targets, self.data.frequency, thresholds=(self.options.head, self.options.medium)
+        )
+        classes = [
+            {"name": self.data.classes[one["class"]], "threshold": float(thresholds[one["class"]]), **one}
+            for one in result.by_frequency()
+        ]
+        tensors = {"scores": found, "targets": targets, "thresholds": thresholds}
+        return _metrics(result, found, targets, thresholds), classes, tensors
+
+    def _summarise(self, out: Path, records: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+        record = read_json(out / "run.json")
+        thresholds = (self.options.head, self.options.medium)
+        groups = {name: len(ids) for name, ids in vars(self.data.groups(thresholds)).items()}
+        first = next(iter(records.values()))
+        return {
+            "schema": _SCHEMA,
+            "protocol": "multi-label",
+            # A group without a class that has a positive has no mean.
+            "metrics": [name for name in METRICS if all(name in one for one in first.values())],
+            "dataset": self.data.name,
+            "model": self.backbone.name,
+            "pretrained": record.get("opened_with", {}).get("pretrained"),
+            "seeds": list(self.options.seeds),
+            "sizes": {"classes": len(self.data.classes), "groups": groups, "images": self.data.counts()},
+            "test_opened": record["test_opened"],
+            "methods": {name: aggregate_seeds(per_seed) for name, per_seed in records.items()},
+            "versions": record["versions"],
+            "hashes": {**record["hashes"], "data": self.data.fingerprint()},
+        }
+
+
+def _metrics(result: MultiLabelResult, found: Tensor, targets: Tensor, thresholds: Tensor) -> dict[str, float]:
+    """mAP by group; F1 at probability one half, at the chosen thresholds and of the three best; shares in [0, 1]."""
+    metrics = {"map": result.mean(), "excluded_classes": float(len(result.excluded))}
+    for group in GROUPS:
+        metrics[f"map_{group}"] = result.mean(group)
+    for name, options in (
+        ("half", {"threshold": 0.0}), ("chosen", {"threshold": thresholds.numpy()}), ("top3", {"threshold": None, "top_k": 3}),
+    ):  # fmt: skip
+        of = label_metrics(found, targets, **options)
+        metrics |= {f"{key.lower()}_{name}": float(value) for key, value in of.items() if key != "excluded_classes"}
+    return {name: value for name, value in metrics.items() if value == value}
+
+
+def evaluate(
+    run: str | Path, data: MultiLabelSet, backbone: Backbone, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Score a finished run's models on a data set again; the run's record counts it, its files stay as they are.
+
+    Raises:
+        DataError: the data set has other classes, or a test image was trained on.
+        DamagedFileError: ``run.json`` is not the record of a multi-label run.
+        CaptError: the backbone is not the run's.
+    """
+    run = Path(run)
+    record = read_json(run / "run.json")
+    try:
+        options = options_from_dict(record["options"])
+        configs = {
+            name: config_from_dict(values["kind"], {k: v for k, v in values.items() if k != "kind"})
+            for name, values in record["models"].items()
+        }
+        classes, frequency = record["classes"], record["frequency"]
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"'{run / 'run.json'}': not the record of a multi-label run ({error!r}); fit it again"
+        ) from error
+    if list(data.classes) != classes:
+        raise DataError(
+            f"'{run}' was trained for {len(classes)} classes, '{data.name}' has {len(data.classes)}, others or in "
+            "another order; evaluate it on data with those classes, or fit a new run"
+        )
+    if data.test is not None and (leaked := sorted(set(read_json(run / _TRAINED_ON)) & set(data.test.names))):
+        raise DataError(
+            f"'{run}' was trained on {len(leaked)} of the test images of '{data.name}', such as '{leaked[0]}'; "
+            "evaluate it on the splits it was trained with"
+        )
+    models = {
+        seed: {name: load_model(run / f"seed-{seed}" / name, backbone) for name in configs} for seed in options.seeds
+    }
+    # Groups are those of the data that the run was trained on.
+    counts = torch.tensor(frequency).numpy()
+    again = MultiLabelRun(replace(data, frequency=counts), backbone, configs, options, progress=progress)
+    return again.evaluate(run, models, write=False)
+
+
+def options_from_dict(values: Mapping[str, Any]) -> MultiLabelOptions:
+    """Options as ``run.json`` holds them."""
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return MultiLabelOptions(**plain)
