@@ -248,9 +248,12 @@ def _metrics(result: MultiLabelResult, found: Tensor, targets: Tensor, threshold
     metrics = {"map": result.mean(), "excluded_classes": float(len(result.excluded))}
     for group in GROUPS:
         metrics[f"map_{group}"] = result.mean(group)
-    for name, options in (
-        ("half", {"threshold": 0.0}), ("chosen", {"threshold": thresholds.numpy()}), ("top3", {"threshold": None, "top_k": 3}),
-    ):  # fmt: skip
+    ways: dict[str, dict[str, Any]] = {
+        "half": {"threshold": 0.0},
+        "chosen": {"threshold": thresholds.numpy()},
+        "top3": {"threshold": None, "top_k": 3},
+    }
+    for name, options in ways.items():
         of = label_metrics(found, targets, **options)
         metrics |= {f"{key.lower()}_{name}": float(value) for key, value in of.items() if key != "excluded_classes"}
     return {name: value for name, value in metrics.items() if value == value}

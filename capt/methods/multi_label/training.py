@@ -1,4 +1,4 @@
-"""Training of one multi-label model for one seed, with the best epoch and the thresholds chosen on validation images."""
+"""Training of one multi-label model for one seed, its epoch and thresholds chosen on validation images."""
 
 from __future__ import annotations
 
@@ -149,8 +149,9 @@ def fit_model(
 
         model.train()
         train(
-            model.trained_by_rate(), step, len(targets), config.training, after_step=average.update if average else None,
+            model.trained_by_rate(), step, len(targets), config.training,
             generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
+            after_step=average.update if average else None,
         )  # fmt: skip
         model.load_state_dict(kept, strict=False)
     model.requires_grad_(False).eval()
