@@ -18,8 +18,9 @@ Refinement = Literal["joint", "alternate"]
 class CPRFLConfig(MultiLabelConfig):
     """Settings of :class:`capt.methods.cprfl.CPRFL`.
 
-    Published: ``dim`` 2048, ``lr`` 5e-5 (COCO-LT), ``batch_size`` 16, 80 epochs, the image tower trained from an
-    ImageNet network at 448 x 448 without normalisation, the text tower trained in the code and frozen in the figure.
+    Published: no ``text_prior``, ``dim`` 2048, ``lr`` 5e-5 (COCO-LT), ``batch_size`` 16, 80 epochs, ``ema`` 0.998, the
+    image tower trained from an ImageNet network at 448 x 448 without normalisation, the text tower trained in the code
+    and frozen in the figure.
 
     Attributes:
         dim: width d of prompts and interaction.
@@ -39,6 +40,11 @@ class CPRFLConfig(MultiLabelConfig):
         train_text: the text tower learns, too.
         train_image: the image tower learns, too; its inputs are then encoded in every step.
         backbone_lr_mult: factor on the learning rate of the towers.
+        text_prior: add the logits of a linear classifier on the image feature, which starts from the class texts, and
+            start the refined scores from zero (ours).
+        shrinkage: with ``text_prior``, the refined score of a class with n training images weighs
+            ``n / (n + shrinkage)`` (ours).
+        prior_lr_mult: factor on the learning rate of that classifier.
         normalize: give the tower pixels with its own mean and deviation taken off; published: without.
     """
 
@@ -57,11 +63,14 @@ class CPRFLConfig(MultiLabelConfig):
     train_text: bool = False
     train_image: bool = False
     backbone_lr_mult: float = 1.0
+    text_prior: bool = True
+    shrinkage: float = 20.0
+    prior_lr_mult: float = 6.0
     normalize: bool = True
-    ema: float = 0.998
+    ema: float = 0.98
     training: TrainingOptions = field(
         default_factory=lambda: TrainingOptions(
-            epochs=20, batch_size=16, lr=5e-4, weight_decay=1e-4, schedule="one-cycle", clip_norm=0.0,
+            epochs=8, batch_size=32, lr=3e-4, weight_decay=1e-4, schedule="one-cycle", clip_norm=0.0,
         )
     )  # fmt: skip
 
@@ -78,6 +87,8 @@ class CPRFLConfig(MultiLabelConfig):
         for name in ("dim", "depth", "n_heads", "head_dim", "feed_forward"):
             if (found := getattr(self, name)) is not None and found < 1:
                 raise CaptError(f"{name}: expected at least 1, found {found}")
-        for name in ("hidden_ratio", "backbone_lr_mult"):
+        if not 0 <= self.shrinkage < math.inf:
+            raise CaptError(f"shrinkage: expected a finite number of 0 or more, found {self.shrinkage}")
+        for name in ("hidden_ratio", "backbone_lr_mult", "prior_lr_mult"):
             if not 0 < (found := getattr(self, name)) < math.inf:
                 raise CaptError(f"{name}: expected a finite number above 0, found {found}")

@@ -28,7 +28,7 @@ class ClassRows(nn.Module):
 
     @torch.no_grad()
     def centre(self, mean_feature: Tensor) -> None:
-        """Choose b so that an image with this feature float [d], such as the mean of all, has :attr:`START` everywhere."""
+        """Choose b so that this feature float [d], such as the mean of all images, has the logits :attr:`START`."""
         self.bias.copy_(self.START - self.scale * self.weight @ mean_feature.to(self.weight))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from capt.errors import CaptError, DataError
 from capt.methods.tuned_model import TunedModel
+from capt.modules.class_rows import ClassRows
 from capt.modules.long_tail_losses import AsymmetricLoss, long_tail_loss
 from capt.training.loop import TrainingOptions
 
@@ -127,6 +128,14 @@ class MultiLabelModel(TunedModel):
         """Trained parameters by factor on the learning rate."""
         return {1.0: list(self.trainable().values())}
 
+    def prepare(self, inputs: Iterable[Tensor], counts: Tensor) -> None:
+        """Look at the training data before training starts.
+
+        Args:
+            inputs: batches of :meth:`inputs` of all training images, without augmentation.
+            counts: int64 [C], training images of each class.
+        """
+
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, counted from 0; may freeze parts for that epoch."""
 
@@ -159,7 +168,7 @@ class LinearLabelsConfig(MultiLabelConfig):
 
     initial: Literal["text", "zero"] = "text"
     training: TrainingOptions = field(
-        default_factory=lambda: TrainingOptions(epochs=60, batch_size=64, lr=5e-3, weight_decay=0.0, clip_norm=0.0)
+        default_factory=lambda: TrainingOptions(epochs=30, batch_size=64, lr=1e-3, weight_decay=0.0, clip_norm=0.0)
     )
 
     def __post_init__(self) -> None:
@@ -169,11 +178,7 @@ class LinearLabelsConfig(MultiLabelConfig):
 
 
 class LinearLabels(MultiLabelModel):
-    """A linear classifier on the frozen image feature: ``scale * cos(v, w_c)``-like logits with a bias a class.
-
-    Rows start from the class texts (or zero) and are free, not unit-norm; the bias makes all logits negative at first,
-    as nearly all labels are. Source: the field's linear probe; text start and scale: ours.
-    """
+    """A linear classifier on the frozen image feature, see :class:`ClassRows`."""
 
     kind = "linear"
     config_type = LinearLabelsConfig
@@ -182,17 +187,18 @@ class LinearLabels(MultiLabelModel):
     def __init__(self, backbone: Backbone, classes: Sequence[str], config: LinearLabelsConfig | None = None) -> None:
         super().__init__(backbone, classes, config)
         with torch.no_grad():
-            texts = backbone.class_text_features(spoken(self.classes)).float().clone()
-        text_start = self.config.initial == "text"
-        self.weight = nn.Parameter(texts if text_start else torch.zeros_like(texts))
-        # The cosine of an image and a text is about a quarter before anything is known of either.
-        start = -0.25 * float(backbone.logit_scale) if text_start else 0.0
-        self.bias = nn.Parameter(torch.full((len(self.classes),), start - 4.0, device=backbone.device))
+            texts = backbone.class_text_features(spoken(self.classes))
+        rows = texts if self.config.initial == "text" else torch.zeros_like(texts)
+        self.rows = ClassRows(rows, float(backbone.logit_scale))
+
+    def prepare(self, inputs: Iterable[Tensor], counts: Tensor) -> None:
+        """Set the biases by the mean training feature."""
+        self.rows.centre(torch.cat(list(inputs)).mean(0))
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """``scale * v @ W.T + b``."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            return self.backbone.logit_scale * inputs.float() @ self.weight.T + self.bias
+        """Logits of unit-norm image features."""
+        logits: Tensor = self.rows(inputs)
+        return logits
 
 
 def spoken(names: Sequence[str]) -> list[str]:

@@ -114,6 +114,8 @@ def fit_model(
             torch.arange(len(targets)),
         )
         seen = cache(model, validation, "val")
+        plain = (views.plain(batch) for batch in torch.arange(len(targets)).split(IMAGES))
+        model.prepare(plain, torch.from_numpy(data.train.counts.copy()))
         average = WeightAverage(model.trainable(), config.ema) if config.ema else None
         best, kept = -1.0, model.state()
 
