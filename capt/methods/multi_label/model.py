@@ -168,7 +168,7 @@ class LinearLabelsConfig(MultiLabelConfig):
 
     initial: Literal["text", "zero"] = "text"
     training: TrainingOptions = field(
-        default_factory=lambda: TrainingOptions(epochs=30, batch_size=64, lr=1e-3, weight_decay=0.0, clip_norm=0.0)
+        default_factory=lambda: TrainingOptions(epochs=30, batch_size=64, lr=3e-3, weight_decay=0.0, clip_norm=0.0)
     )
 
     def __post_init__(self) -> None:
