@@ -6,6 +6,7 @@ medians are then far more stable than the times themselves.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -30,11 +31,13 @@ class Timing:
     samples: int = 0
 
 
-def _once_cpu(function: Callable[[], object], repeats: int = 1) -> float:
-    start = time.perf_counter()
+def _once_cpu(
+    function: Callable[[], object], repeats: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    start = clock()
     for _ in range(repeats):
         function()
-    return (time.perf_counter() - start) * 1e3 / repeats
+    return (clock() - start) * 1e3 / repeats
 
 
 def _once_cuda(function: Callable[[], object], repeats: int = 1) -> float:
@@ -55,14 +58,16 @@ def interleaved(
     warmup: int = 2,
     budget_s: float | None = None,
     before: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every function up to once per round, in turn. CUDA functions are timed by events on the current stream.
 
     budget_s: about how long all of it may take; each function gets an equal share, hence fewer rounds when it is slow,
     but at least three. before: called before every sample, outside the clock (to empty a cache).
+    clock: of CPU functions; ``time.process_time`` of one thread ignores what else the machine does.
     """
     on_gpu = torch.device(device).type == "cuda"
-    once = _once_cuda if on_gpu else _once_cpu
+    once = _once_cuda if on_gpu else functools.partial(_once_cpu, clock=clock)
     cost = dict.fromkeys(functions, math.inf)
     for turn in range(warmup):
         if turn and budget_s is not None and sum(cost.values()) > 250 * budget_s / warmup:

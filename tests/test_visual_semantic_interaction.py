@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from capt.errors import CaptError
+from capt.modules import split_attention as split_attention_module
 from capt.modules.prompt_initialiser import PromptInitialiser
+from capt.modules.split_attention import split_attention
 from capt.modules.visual_semantic_interaction import VisualSemanticInteraction
 
 D, W, C, B = 64, 9, 7, 3
@@ -65,6 +68,19 @@ def test_18_folded_scores_equal_the_dot_products_and_are_refused_under_dropout(r
     assert model.scores(patches, prompts).shape == (B, C)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_18_without_dropout_training_folds_the_scores_with_the_same_gradients(residual):
+    model, patches, prompts = made(residual=residual, dropout=0.0)
+    model.train()
+    results = []
+    for scores in (model.scores, lambda x, p: (model.full(x, p) * p).sum(-1)):
+        inputs = [patches.clone().requires_grad_(), prompts.clone().requires_grad_(), *model.parameters()]
+        out = scores(*inputs[:2])
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_01_parameter_counts_of_the_published_sizes():
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -112,20 +128,67 @@ def test_06_attention_has_no_bias_and_is_scaled_by_the_width_of_a_head():
     torch.testing.assert_close(layer.attended(patches, prompts), attended)
 
 
-def test_17_the_prompts_own_attention_is_formed_once_a_batch(monkeypatch):
-    from capt.modules import visual_semantic_interaction as module
+def test_17_the_prompts_own_attention_is_formed_once_a_batch():
+    """In float64, which torch's own products compute, so that their arithmetic can be counted."""
+    model, *_ = made()
+    n_classes = 50
 
-    seen = []
-    real = module.prompt_attention_shared
+    def flops(images):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(images, W, D).double(), torch.randn(n_classes, D).double()).sum().backward()
+        return counter.get_total_flops()
 
-    def counted(query, none, keys, values, **options):
-        seen.append((query.shape, keys.shape))
-        return real(query, none, keys, values, **options)
+    inner, once = 128, 3 * 2 * n_classes * 3 * 128 * D  # projections of the prompts, forward and twice backward
+    once += 7 * 2 * n_classes * n_classes * inner
+    assert flops(1) - (flops(3) - flops(2)) == pytest.approx(once, rel=0.05)
 
-    monkeypatch.setattr(module, "prompt_attention_shared", counted)
-    model, patches, prompts = made()
-    model(patches, prompts)
-    assert seen == [((C, 128), (1, C, 128)), ((C, 128), (B, W, 128))]
+
+def parts(dtype, n_classes, n_patches, dim):
+    torch.manual_seed(1)
+    shapes = [(n_classes, dim)] * 3 + [(B, n_patches, dim)] * 2
+    return [torch.randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("block", [1, 30, 1 << 20])
+def test_17_derivatives_of_the_split_softmax_equal_finite_differences(monkeypatch, block):
+    monkeypatch.setattr(split_attention_module, "BLOCK_SCORES", block)
+    assert torch.autograd.gradcheck(lambda *x: split_attention(*x, n_heads=2), parts(torch.float64, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_17_split_softmax_of_other_dtypes_equals_attention_in_float64(dtype, tolerance):
+    given = parts(dtype, 40, W, 32)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    query, own_keys, own_values, keys, values = exact
+    joint = (torch.cat([own.expand(B, -1, -1), x], 1) for own, x in ((own_keys, keys), (own_values, values)))
+    q, k, v = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (query.expand(B, -1, -1), *joint))
+    expected = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    out = split_attention(*given, n_heads=4)
+    weights = torch.randn_like(out)
+    found = out, *torch.autograd.grad(out, given, weights)
+    expected = expected, *torch.autograd.grad(expected, exact, weights.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        assert float((a.double() - b).abs().max()) < tolerance * float(b.abs().max())
+
+
+def test_17_a_second_derivative_is_refused():
+    given = parts(torch.float64, C, W, 32)
+    with pytest.raises(CaptError, match="differentiable once"):
+        torch.autograd.grad(split_attention(*given, n_heads=4).sum(), given[:1], create_graph=True)
+
+
+def test_17_under_autocast_a_step_stays_near_that_of_float32():
+    model, patches, prompts = made(torch.float32)
+    results = []
+    for enabled in (False, True):
+        inputs = patches.clone().requires_grad_(), prompts.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model.scores(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.isfinite().all()
+        assert float((exact - rounded).norm()) < 0.05 * float(exact.norm())
 
 
 def test_bad_settings_are_named():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capt.errors import CaptError
-from capt.ops import prompt_attention_shared
+from capt.modules.split_attention import split_attention
 
 
 class InteractionLayer(nn.Module):
@@ -43,27 +43,21 @@ class InteractionLayer(nn.Module):
     def prompts_only(self, patches: Tensor, prompts: Tensor) -> Tensor:
         """The prompts' rows alone, of patches [B, W, d] and prompts [C, d] (the same for every image) or [B, C, d].
 
-        Exact: only the prompts' queries are formed; a prompt's softmax over prompts and patches is that over each,
-        merged by their log-sum-exps. What does not depend on the image is computed once for the batch: with prompts
-        [C, d] all of the prompts' side, so that work of order C^2 does not grow with the batch.
+        Exact: only the prompts' queries are formed. With prompts [C, d] all of the prompts' side is computed once for
+        the batch, so that work of order C^2 does not grow with it.
         """
         return self.mixed(prompts, self.attended(patches, prompts))
 
     def attended(self, patches: Tensor, prompts: Tensor) -> Tensor:
         """What the prompts attend to among patches and prompts, [B, C, inner], before the output projection."""
         seen, own = self.norm_in(patches), self.norm_in(prompts)
-        query, keys = self.query(own), own if own.dim() == 3 else own[None]
-        none = query.narrow(-2, 0, 0)
-        of_prompts, _, lse_prompts, _ = prompt_attention_shared(
-            query, none, self.key(keys), self.value(keys), n_heads=self.n_heads
-        )
-        of_patches, _, lse_patches, _ = prompt_attention_shared(
-            query, none, self.key(seen), self.value(seen), n_heads=self.n_heads
-        )
-        share = torch.sigmoid(lse_prompts - lse_patches).to(of_patches.dtype)  # [B, h, C], of the prompts
-        share = share.transpose(1, 2)[..., None]
-        of_prompts, of_patches = (part.unflatten(-1, (self.n_heads, -1)) for part in (of_prompts, of_patches))
-        return torch.lerp(of_patches, of_prompts.expand_as(of_patches), share.expand_as(of_patches)).flatten(2)
+        query, own_keys, own_values = (part(own) for part in (self.query, self.key, self.value))
+        keys, values = self.key(seen), self.value(seen)
+        if query.dim() == 2:
+            return split_attention(query, own_keys, own_values, keys, values, n_heads=self.n_heads)
+        keys, values = torch.cat([own_keys, keys], 1), torch.cat([own_values, values], 1)
+        by_head = (x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for x in (query, keys, values))
+        return F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
 
     def mixed(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Output projection of the attention, [B, n, d]."""
@@ -76,15 +70,20 @@ class InteractionLayer(nn.Module):
         out = F.dropout(self.w_out(hidden), self.dropout, self.training)
         return x + out if self.residual else out
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts: in training, unless it is 0."""
+        return self.training and self.dropout > 0
+
     def folded_scores(self, x: Tensor, prompts: Tensor) -> Tensor:
         """``<feed_forward(x)_c, p_c>`` [B, C] of x [B, C, d] without forming the layer's output; no dropout acts.
 
         ``<W_out g + b, p> = <g, W_out^T p> + <b, p>``, and W_out^T p_c is the same for every image.
 
         Raises:
-            CaptError: the layer is in training mode, where dropout stands between.
+            CaptError: the layer is in training mode with dropout, which stands between.
         """
-        if self.training and self.dropout > 0:
+        if self.drops:
             raise CaptError("visual-semantic interaction: folded scores need evaluation mode; call .eval() first")
         hidden = F.gelu(self.w_in(self.norm_out(x)))
         scores = torch.einsum("bch,ch->bc", hidden, prompts @ self.w_out.weight) + prompts @ self.w_out.bias
@@ -129,11 +128,12 @@ class VisualSemanticInteraction(nn.Module):
         return tokens[:, patches.shape[1] :]
 
     def scores(self, patches: Tensor, prompts: Tensor) -> Tensor:
-        """``<p'_c, p_c>`` [B, C]; in evaluation mode without forming the features p'."""
-        if self.training:
-            return torch.einsum("bcd,cd->bc", self(patches, prompts), prompts)
+        """``<p'_c, p_c>`` [B, C]; without forming the features p' where no dropout acts on them."""
         last, patches, rows = self._before_last(patches, prompts)
-        return last.folded_scores(last.prompts_only(patches, rows), prompts)
+        x = last.prompts_only(patches, rows)
+        if last.drops:
+            return torch.einsum("bcd,cd->bc", last.feed_forward(x), prompts)
+        return last.folded_scores(x, prompts)
 
     def _before_last(self, patches: Tensor, prompts: Tensor) -> tuple[InteractionLayer, Tensor, Tensor]:
         """The last layer, and the patches and prompts that enter it."""
