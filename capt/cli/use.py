@@ -277,9 +277,6 @@ def report(
     if markdown:
         print(pages.markdown_table(summary))
         return 0
-    for option, count in (("--pairs", pairs), ("--images", images)):
-        if count < 0:
-            raise CaptError(f"{option}: expected 0 or more, found {count}")
     opened = {"single-label": where.open, "compositional": where.open_pairs, "multi-label": where.open_labels}
     data_set = pages.data_of_run(run, None if data is None else opened[_kind(summary)](data))
     print(pages.write_report(run, data=data_set, out=out, n_pairs=pairs, images_per_pair=images))

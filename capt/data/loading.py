@@ -192,10 +192,9 @@ def _expect(spec: str, kind: _Kind) -> None:
     """Raise if ``spec`` names a data set of another kind."""
     if kind is _SINGLE and Path(spec).is_dir():
         return  # a folder of images, called like a shipped set
+    name = spec.split(":")[0] + ":" if ":" in spec else spec
     for other in (_SINGLE, _COMPOSITIONAL, _MULTI_LABEL):
-        if other is not kind and any(
-            spec == name or (name[-1] == ":" and spec.startswith(name)) for name in other.names
-        ):
+        if other is not kind and name in other.names:
             raise DataError(
                 f"'{spec}': no {kind.what} but a {other.what}, for {other.readers}; here a {kind.what} is needed: "
                 f"{kind.forms}"
