@@ -167,7 +167,7 @@ def _schedule(
     total = steps_per_epoch * options.epochs
     if options.schedule == "one-cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        total = max(total, 2)  # the rise needs two steps to be one
+        total = max(total, 3)  # a rise and a fall
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total, pct_start=max(0.1, 2 / total))
     warmup = max(int(steps_per_epoch * options.warmup_epochs), 1)
 
