@@ -169,9 +169,8 @@ def test_wrong_runs_data_and_options_are_named(
     renamed, swapped = tmp_path / "renamed.csv", tmp_path / "swapped.csv"
     listed = table.read_text("utf-8")
     renamed.write_text(listed.replace("red bar", "pink bar"), encoding="utf-8")
-    swapped.write_text(listed.replace(",train", ",x").replace(",test", ",train").replace(",x", ",test"), encoding="utf-8")
-        table.read_text("utf-8").replace(",train", ",x").replace(",test", ",train").replace(",x", ",test")
-    )
+    turned = listed.replace(",train", ",x").replace(",test", ",train").replace(",x", ",test")
+    swapped.write_text(turned, encoding="utf-8")
     for arguments, code, message in (
         (("fit", "cprfl", "emoji"), 3, "for load, 'capt fit capt'"),
         (("fit", "cprfl", "emoji-pairs"), 3, "for load_compositional, 'capt fit msci'"),
