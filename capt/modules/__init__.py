@@ -16,11 +16,13 @@ from capt.modules.long_tail_losses import (
 )
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
+from capt.modules.prompt_initialiser import PromptInitialiser
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
 from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
 from capt.modules.semantic_evidence import SemanticEvidence
 from capt.modules.stage_interaction import StageFusion, StageInteraction
+from capt.modules.visual_semantic_interaction import VisualSemanticInteraction
 
 __all__ = [
     "AsymmetricLoss",
@@ -36,6 +38,7 @@ __all__ = [
     "LayerAggregator",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
+    "PromptInitialiser",
     "SampleConfusion",
     "SampleConfusionMiner",
     "SampleEvidence",
@@ -44,6 +47,7 @@ __all__ = [
     "SemanticEvidence",
     "StageFusion",
     "StageInteraction",
+    "VisualSemanticInteraction",
     "long_tail_loss",
     "selectable_pairs",
 ]
