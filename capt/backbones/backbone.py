@@ -246,11 +246,14 @@ class Backbone(nn.Module):
         tokens = self.tokenize(texts).to(self.device)
         # Tensors made in inference mode could not take part in training later on.
         with torch.inference_mode(False), torch.no_grad():
-            chunks = [self._encode_trimmed(chunk) for chunk in tokens.split(TEXT_BATCH)]
+            chunks = [self.encode_trimmed(chunk) for chunk in tokens.split(TEXT_BATCH)]
         return dict(zip(texts, self._joined(chunks), strict=True))
 
-    def _encode_trimmed(self, tokens: Tensor) -> Tensor:
-        """Encode without the padding that no text of the batch needs, where attention is causal."""
+    def encode_trimmed(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [N, L] to un-normalised features [N, d], without the padding that no text of them needs.
+
+        Exact where attention is causal; elsewhere all is encoded.
+        """
         if not self.text_tower.causal:
             return self.text_tower.encode(tokens)
         end = self.text_tower.eot_index(tokens)

@@ -46,7 +46,7 @@ class CPRFL(MultiLabelModel):
         chosen = self.config
         tokens = backbone.tokenize([TEMPLATE.replace("{}", name) for name in spoken(self.classes)]).to(backbone.device)
         with torch.no_grad():
-            text = torch.cat([encode_trimmed(backbone, part) for part in tokens.split(256)]).float()
+            text = torch.cat([backbone.encode_trimmed(part) for part in tokens.split(256)]).float()
         self.register_buffer("text", text)
         self.register_buffer("tokens", tokens, persistent=False)
         self.tuned = self._tuned_copy() if chosen.train_text or chosen.train_image else None
@@ -62,11 +62,17 @@ class CPRFL(MultiLabelModel):
         )  # fmt: skip
 
     def _tuned_copy(self) -> Backbone:
-        tuned = copy.deepcopy(self.backbone)
-        for name, parameter in tuned.model.named_parameters():
-            image = name.startswith(("visual.", "vision_model.", "visual_projection."))
-            scale = name.endswith(("logit_scale", "logit_bias"))
-            parameter.requires_grad_(not scale and (self.config.train_image if image else self.config.train_text))
+        """A copy of the backbone in which all learns that the towers which learn make use of, and nothing else."""
+        tuned, outputs = copy.deepcopy(self.backbone), []
+        parameters = list(tuned.model.requires_grad_().parameters())
+        with torch.enable_grad():
+            if self.config.train_text:
+                outputs.append(tuned.encode_trimmed(self.get_buffer("tokens")[:1]).sum())
+            if self.config.train_image:
+                outputs.append(self._patches(tuned, torch.zeros(1, 3, *tuned.image_hw)).sum())
+            used = torch.autograd.grad(outputs, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, used, strict=True):
+            parameter.requires_grad_(gradient is not None)
         return tuned
 
     # ---- images --------------------------------------------------------------------------------------
@@ -97,7 +103,7 @@ class CPRFL(MultiLabelModel):
         """P, [C, dim]."""
         text = self.text
         if self.tuned is not None and self.config.train_text:
-            text = encode_trimmed(self.tuned, self.get_buffer("tokens")).float()
+            text = self.tuned.encode_trimmed(self.get_buffer("tokens")).float()
         prompts: Tensor = self.prompt_initialiser(text)
         return prompts
 
@@ -145,11 +151,3 @@ class CPRFL(MultiLabelModel):
         found = super().state()
         return {name: value for name, value in found.items() if not name.startswith("tuned.") or name in self._learns}
 
-
-def encode_trimmed(backbone: Backbone, tokens: Tensor) -> Tensor:
-    """Un-normalised features [N, d_t] of token ids int64 [N, L]; padding that no text needs is left out where exact."""
-    tower = backbone.text_tower
-    if not tower.causal:
-        return tower.encode(tokens)
-    end = tower.eot_index(tokens)
-    return tower.encode_embedded(tower.embed(tokens[:, : int(end.max()) + 1]), end)

@@ -70,6 +70,11 @@ class CPRFLConfig(MultiLabelConfig):
         for name, allowed in (("paths", get_args(Paths)), ("refinement", get_args(Refinement))):
             if (found := getattr(self, name)) not in allowed:
                 raise CaptError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
+        if self.refinement == "alternate" and self.paths == "classifier":
+            raise CaptError(
+                "refinement: 'alternate' takes turns between prompt network and interaction, which never learns with "
+                "paths='classifier'; give 'joint', or other paths"
+            )
         for name in ("dim", "depth", "n_heads", "head_dim", "feed_forward"):
             if (found := getattr(self, name)) is not None and found < 1:
                 raise CaptError(f"{name}: expected at least 1, found {found}")

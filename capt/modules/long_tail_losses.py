@@ -151,7 +151,7 @@ class DistributionBalancedLoss(FocalLoss):
     def weight(self, targets: Tensor) -> Tensor:
         """[B, C]."""
         rarity = 1 / self.get_buffer("counts").to(targets.dtype)
-        return 0.1 + torch.sigmoid(10 * (rarity / (targets @ rarity)[:, None] - self.mu))
+        return 0.1 + torch.sigmoid(10 * (rarity / (targets * rarity).sum(1, keepdim=True) - self.mu))
 
 
 class DistributionBalancedLossWithoutFocal(DistributionBalancedLoss):

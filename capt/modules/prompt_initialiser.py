@@ -7,6 +7,8 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capt.errors import CaptError
+
 
 class PromptInitialiser(nn.Module):
     """``P = W_2 GELU(W_1 T + b_1) + b_2``: text embeddings [C, d_t] to category prompts [C, d].
@@ -24,10 +26,19 @@ class PromptInitialiser(nn.Module):
         hidden = max(1, round(hidden_ratio * dim))
         widths = [text_dim, dim] if linear else [text_dim, hidden, dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.dropout = dropout
+        self.text_dim, self.dropout = text_dim, dropout
 
     def forward(self, text: Tensor) -> Tensor:
-        """Un-normalised text embeddings float [C, d_t] to prompts [C, d]."""
+        """Un-normalised text embeddings float [C, d_t] to prompts [C, d].
+
+        Raises:
+            CaptError: they have another width.
+        """
+        if text.shape[-1] != self.text_dim:
+            raise CaptError(
+                f"prompt initialiser: text embeddings must have shape [C, {self.text_dim}], found {list(text.shape)}; "
+                "take those of the text tower that it was made for"
+            )
         for index, layer in enumerate(self.layers):
             text = F.dropout(layer(F.gelu(text) if index else text), self.dropout, self.training)
         return text

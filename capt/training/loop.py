@@ -83,6 +83,7 @@ def train(
     metrics_path: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     after_step: Callable[[], None] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Minimise ``step(indices, generator)["loss"]``.
 
@@ -94,6 +95,7 @@ def train(
         metrics_path: JSONL file, one line an epoch: mean of every loss, learning rate, gradient norm.
         progress: called with (epoch, epochs, mean loss).
         after_step: called after every update of the parameters.
+        before_epoch: called with the number of epochs done; it may freeze some of ``parameters`` for a while.
 
     Returns:
         Mean loss of each epoch.
@@ -127,6 +129,8 @@ def train(
     log = metrics_path.open("a", encoding="utf-8") if metrics_path else nullcontext()
     with log as stream:
         for epoch in range(last_epoch):
+            if before_epoch is not None:
+                before_epoch(epoch)
             order = torch.randperm(n_samples, generator=generator).split(batch_size)
             norm = sums = first_bad = torch.zeros((), device=device)
             names: list[str] = []
@@ -167,7 +171,7 @@ def _schedule(
     total = steps_per_epoch * options.epochs
     if options.schedule == "one-cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        total = max(total, 2)  # the rise needs two steps to be one
+        total = max(total, 3)  # a rise and a fall
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total, pct_start=max(0.1, 2 / total))
     warmup = max(int(steps_per_epoch * options.warmup_epochs), 1)
 

@@ -7,17 +7,19 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capt.errors import CaptError
+from capt.errors import CaptError, DataError
 from capt.methods.tuned_model import TunedModel
 from capt.modules.long_tail_losses import AsymmetricLoss, long_tail_loss
 from capt.training.loop import TrainingOptions
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
+    from capt.data import MultiLabelImages
 
 Loss = Literal[
     "asl", "bce", "focal", "class-balanced", "distribution-balanced", "distribution-balanced-0fl"
@@ -71,10 +73,21 @@ class MultiLabelConfig:
                 raise CaptError(f"{name}: expected at least 0 and less than 1, found {getattr(self, name)}")
         AsymmetricLoss(self.gamma_pos, self.gamma_neg, self.margin)(torch.zeros(1, 1), torch.zeros(1, 1))  # checks them
 
-    def make_loss(self, frequency: Tensor, n_images: int) -> nn.Module:
-        """The loss for training data with these class frequencies int64 [C]."""
+    def make_loss(self, images: MultiLabelImages) -> nn.Module:
+        """The loss for these training images.
+
+        Raises:
+            DataError: it weighs classes by their frequency, and one is shown by no image or by all of them.
+        """
+        odd = np.flatnonzero((images.counts == 0) | (images.counts == len(images)))
+        if self.loss not in ("asl", "bce") and odd.size:
+            raise DataError(
+                f"loss '{self.loss}': every class needs training images with it and without it; "
+                f"'{images.classes[odd[0]]}' is shown by {images.counts[odd[0]]} of {len(images)} ({odd.size} such "
+                "classes); train with loss 'asl' or 'bce', or leave these classes out of the data"
+            )
         options = {name: getattr(self, name) for name in _LOSS_OPTIONS[self.loss]}
-        return long_tail_loss(self.loss, frequency, n_images, **options)
+        return long_tail_loss(self.loss, torch.from_numpy(images.counts.copy()), len(images), **options)
 
 
 class MultiLabelModel(TunedModel):
@@ -115,7 +128,7 @@ class MultiLabelModel(TunedModel):
         return {1.0: list(self.trainable().values())}
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before the first step of every epoch, counted from 0."""
+        """Called before the first step of every epoch, counted from 0; may freeze parts for that epoch."""
 
     def record(self) -> dict[str, Any]:
         """Class names."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from capt.backbones import Backbone
-    from capt.data import MultiLabelSet
+    from capt.data import MultiLabelImages, MultiLabelSet
 
 _SCHEMA = 1
 _TRAINED_ON = "training_images.json"
@@ -99,10 +99,9 @@ class MultiLabelRun:
             raise DataError(f"'{data.name}' has no test images; a list needs a column 'split' with 'train' and 'test'")
         if data.val is None:
             data = data.hold_out(self.options.val_fraction)
-        assert data.val is not None
-        for split, images in (("training", data.train), ("validation", data.val)):
+        for split, images in data.splits().items():
             if not images.counts.any():
-                raise DataError(f"'{data.name}': none of its {len(images)} {split} images has a label; expected some")
+                raise DataError(f"'{data.name}': none of the {len(images)} '{split}' images has a label; expected some")
         self.lock = TestLock()
         self.data = lock_test(data, self.lock)
         self.backbone, self.models = backbone, dict(models)
@@ -137,7 +136,7 @@ class MultiLabelRun:
         with torch.random.fork_rng(devices=[]):
             for config in self.models.values():
                 make_model(config, self.data, self.backbone)
-                config.make_loss(torch.from_numpy(self.data.train.counts.copy()), len(self.data.train))
+                config.make_loss(self.data.train)
 
     def _record(self, out: Path, further: Mapping[str, Any]) -> None:
         write_json(
@@ -164,7 +163,8 @@ class MultiLabelRun:
         write_json(out / "run.json", {**read_json(out / "run.json"), **values})
 
     @property
-    def _validation(self) -> Any:
+    def _validation(self) -> MultiLabelImages:
+        assert self.data.val is not None  # made where the data has none
         return self.data.val
 
     # ---- evaluation ----------------------------------------------------------------------------------

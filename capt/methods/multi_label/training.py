@@ -107,7 +107,7 @@ def fit_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = make_model(config, data, cache.backbone)
-        loss = config.make_loss(torch.from_numpy(data.train.counts.copy()), len(data.train)).to(device)
+        loss = config.make_loss(data.train).to(device)
         targets = torch.from_numpy(data.train.targets.copy()).to(device)
         views = Views(
             [cache(model, data.train, "train", view) for view in (None, *range(config.views))],
@@ -115,24 +115,17 @@ def fit_model(
         )
         seen = cache(model, validation, "val")
         average = WeightAverage(model.trainable(), config.ema) if config.ema else None
-        best, kept, started = -1.0, model.state(), -1
+        best, kept = -1.0, model.state()
 
         def step(batch: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-            nonlocal started
-            if started < len(history):
-                started = len(history)
-                model.start_epoch(started)
             return {"loss": loss(model.logits(views.take(batch, views.choose(batch, generator))), targets[batch])}
 
         def validated(averaged: bool) -> MultiLabelResult:
             with average.applied() if average and averaged else nullcontext():
                 return MultiLabelResult.of(scores(model, seen, len(validation)), validation.targets, data.frequency)
 
-        history: list[float] = []
-
         def after(epoch: int, epochs: int, mean_loss: float) -> None:
             nonlocal best, kept
-            history.append(mean_loss)
             model.eval()
             result = validated(averaged=True)
             record = {"epoch": epoch, **result.record()}
@@ -151,7 +144,7 @@ def fit_model(
         train(
             model.trained_by_rate(), step, len(targets), config.training,
             generator=torch.Generator().manual_seed(seed), metrics_path=metrics, progress=after,
-            after_step=average.update if average else None,
+            after_step=average.update if average else None, before_epoch=model.start_epoch,
         )  # fmt: skip
         model.load_state_dict(kept, strict=False)
     model.requires_grad_(False).eval()
