@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import capt
 from capt.backbones import Backbone
-from capt.data import CompositionalSet, DataSet, ImageSet
+from capt.data import CompositionalSet, DataSet, ImageSet, MultiLabelSet
 from capt.data.compositional import build_compositional
+from capt.data.multi_label import build_multi_label
 from capt.data.sources import MemorySource
+from capt.training import TrainingOptions
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {
@@ -90,3 +93,38 @@ def compositional_set(per_pair: int = 3, size: int = 40, seed: int = 0) -> Compo
                 images[name] = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
                 members[split].append((name, (state, thing)))
     return build_compositional("tiny-pairs", lists, members, MemorySource(images))
+
+
+SHAPES = ("red circle", "blue square", "green triangle", "gold square", "pink_circle", "gray triangle")
+
+
+def shape_set(n_train: int = 60, n_other: int = 20, size: int = 40, seed: int = 0) -> MultiLabelSet:
+    """Coloured shapes, the later in ``SHAPES`` the rarer; up to four a picture, some pictures show none."""
+    rng = np.random.default_rng(seed)
+    images: dict[str, bytes | Image.Image] = {}
+    members: dict[str, list[tuple[str, list[int]]]] = {}
+    half = size // 2
+    for split, number in (("train", n_train), ("val", n_other), ("test", n_other)):
+        members[split] = []
+        for place in range(number):
+            shown = np.flatnonzero(rng.random(len(SHAPES)) < 0.6 * 0.75 ** np.arange(len(SHAPES)))[:4]
+            picture = Image.fromarray(rng.integers(0, 60, (size, size, 3), dtype=np.uint8))
+            draw = ImageDraw.Draw(picture)
+            for label, corner in zip(shown, rng.permutation(4).tolist(), strict=False):
+                colour, shape = SHAPES[label].replace("_", " ").split()
+                draw.regular_polygon(
+                    (half // 2 + half * (corner % 2), half // 2 + half * (corner // 2), half // 2 - 1),
+                    {"circle": 16, "square": 4, "triangle": 3}[shape],
+                    fill=colour,
+                )
+            name = f"{split}/{place}.png"
+            images[name] = picture
+            members[split].append((name, shown.tolist()))
+    return build_multi_label("tiny-shapes", SHAPES, members, MemorySource(images))
+
+
+def one_cycle(epochs: int, batch_size: int = 16, lr: float = 5e-3, **options: Any) -> TrainingOptions:
+    """CPRFL's schedule for tiny models."""
+    return TrainingOptions(
+        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=1e-4, schedule="one-cycle", clip_norm=0.0, **options
+    )
