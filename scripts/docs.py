@@ -7,8 +7,8 @@ Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result o
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py,
 between ``msci-lines`` in docs/msci.md those of examples/compositional.py, and between ``cprfl-lines`` in docs/cprfl.md
 those of examples/multi_label.py. ``compositional-table`` in README.md is the first run of
-docs/results/compositional.json, ``compositional`` in docs/results.md all of them; ``multi-label-table`` in README.md is
-the first run of docs/results/multi_label.json. In docs/results.md, the ``tuning-table`` marks hold what
+docs/results/compositional.json, ``compositional`` in docs/results.md all of them; ``multi-label-table`` and
+``multi-label`` are the same of docs/results/multi_label.json. In docs/results.md, the ``tuning-table`` marks hold what
 scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of
 ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and
 ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one whose name, or whose file in
@@ -111,11 +111,15 @@ def first_table(runs: dict[str, Any]) -> str:
     return f"{markdown_table(summary, seeds=False)}\n\n{name}:\n\n{sentences}"
 
 
+def run_tables(runs: dict[str, Any]) -> str:
+    """A table for each run, by its name "<tower>, <what>"."""
+    return "\n\n".join(f"{name}:\n\n{markdown_table(summary, seeds=False)}" for name, summary in runs.items())
+
+
 def compositional_tables(runs: dict[str, Any]) -> str:
-    """A table for each run, by its name "<tower>, <what>", and whether MSCI is above zero-shot and CSP in it."""
-    tables_ = [f"{name}:\n\n{markdown_table(summary, seeds=False)}" for name, summary in runs.items()]
+    """The tables, and whether MSCI is above zero-shot and CSP in each."""
     judged = [f"- {name}: {_above(summary)}." for name, summary in runs.items() if "msci" in summary["methods"]]
-    return "\n\n".join([*tables_, "\n".join(judged)]).rstrip()
+    return "\n\n".join([run_tables(runs), "\n".join(judged)]).rstrip()
 
 
 def _above(summary: dict[str, Any]) -> str:
@@ -206,7 +210,9 @@ def generated() -> dict[str, dict[str, str]]:
         pages["README.md"]["compositional-table"] = first_table(runs)
         pages["docs/results.md"]["compositional"] = compositional_tables(runs)
     if MULTI_LABEL.is_file():
-        pages["README.md"]["multi-label-table"] = first_table(json.loads(MULTI_LABEL.read_text(encoding="utf-8")))
+        runs = json.loads(MULTI_LABEL.read_text(encoding="utf-8"))
+        pages["README.md"]["multi-label-table"] = first_table(runs)
+        pages["docs/results.md"]["multi-label"] = run_tables(runs)
     return pages
 
 

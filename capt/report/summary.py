@@ -34,7 +34,18 @@ METHOD_NAMES = {
     "msci_dynamic": "MSCI, dynamic fusion",
     "linear_bce": "Linear (BCE)",
     "linear_asl": "Linear (ASL)",
+    "linear_bce_zero": "Linear (BCE), from zero",
+    "linear_asl_zero": "Linear (ASL), from zero",
     "cprfl": "CPRFL",
+    "cprfl_no_prior": "CPRFL without the prior",
+    "cprfl_no_shrinkage": "CPRFL without the shrinkage",
+    "cprfl_encoder_path": "CPRFL, encoder path alone",
+    "cprfl_classifier_path": "CPRFL, classifier path alone",
+    "cprfl_residual": "CPRFL with skip connections",
+    "cprfl_bce": "CPRFL, cross-entropy",
+    "cprfl_db": "CPRFL, distribution-balanced loss",
+    "cprfl_linear_prompts": "CPRFL, linear prompt network",
+    "cprfl_alternate": "CPRFL, alternating",
 }
 WORLDS = ("closed", "open")
 _ON_CURVE = {
