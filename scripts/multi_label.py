@@ -47,8 +47,10 @@ RUNS: dict[str, dict[str, MultiLabelConfig]] = {
         "cprfl_residual": replace(CPRFL, residual=True),
         "cprfl_bce": replace(CPRFL, loss="bce"),
         "cprfl_db": replace(CPRFL, loss="distribution-balanced"),
+    },
+    "further": {
         "cprfl_linear_prompts": replace(CPRFL, linear_prompts=True),
-        "cprfl_alternate": replace(CPRFL, refinement="alternate"),
+        "cprfl_alternate": replace(CPRFL, refinement="alternate", training=replace(CPRFL.training, epochs=10)),
     },
 }
 TRIED: dict[str, MultiLabelConfig] = {
