@@ -303,7 +303,7 @@ def _record(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"'{run}': no run.json there; expected the folder of a run, the --out of 'capt fit'")
     record = read_json(file)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or (_kind(record) != "single-label" and not {"models", "options"} <= record.keys()):
         raise DamagedFileError(f"'{file}': not the record of a run; fit it again")
     return record
 
