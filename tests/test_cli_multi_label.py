@@ -171,6 +171,7 @@ def test_wrong_runs_data_and_options_are_named(
     renamed.write_text(listed.replace("red bar", "pink bar"), encoding="utf-8")
     turned = listed.replace(",train", ",x").replace(",test", ",train").replace(",x", ",test")
     swapped.write_text(turned, encoding="utf-8")
+    write_json(tmp_path / "damaged" / "run.json", {"protocol": "multi-label", "classes": []})
     for arguments, code, message in (
         (("fit", "cprfl", "emoji"), 3, "for load, 'capt fit capt'"),
         (("fit", "cprfl", "emoji-pairs"), 3, "for load_compositional, 'capt fit msci'"),
@@ -192,6 +193,7 @@ def test_wrong_runs_data_and_options_are_named(
         (("evaluate", run, table, "--threshold", 0.5), 2, "--threshold"),
         (("evaluate", tmp_path, "nowhere"), 3, "no run.json there"),
         (("evaluate", tmp_path / "nothing", "nowhere"), 3, "no such folder"),
+        (("evaluate", tmp_path / "damaged", table), 4, "not the record of a run"),
         (("predict", run), 3, "no images given"),
         (("predict", run, image, "--classes", "a cat"), 2, "--classes"),
         (("predict", run, image, "--world", "open"), 2, "--world"),

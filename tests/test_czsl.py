@@ -130,6 +130,11 @@ def test_bad_pair_files_are_named(tmp_path, pairs, words):
         open_quietly(tree(tmp_path, pairs={**PAIRS, **pairs}))
 
 
+def test_blank_lines_at_the_end_of_a_pair_file_are_nothing(tmp_path):
+    ends = tree(tmp_path / "ends", pairs={split: text + "\n  \n" for split, text in PAIRS.items()})
+    assert open_quietly(ends).fingerprint() == open_quietly(tree(tmp_path / "plain")).fingerprint()
+
+
 def test_missing_files_unknown_data_sets_and_a_missing_root_are_named(tmp_path):
     with pytest.raises(DataError, match="unknown data set; there are mit-states, ut-zappos, cgqa"):
         load_compositional("czsl:mit", root=tmp_path)

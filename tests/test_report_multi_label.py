@@ -82,7 +82,7 @@ def test_the_figure_has_a_bar_for_every_class_with_a_precision(tmp_path: Path) -
     assert bands["medium"]["x"] + bands["medium"]["width"] == pytest.approx(bands["head"]["x"], abs=0.11)
     assert bands["medium"]["x"] < dog["x"] < bands["head"]["x"] < cat["x"]
     assert bands["medium"]["means"][2]["label"] == "CPRFL, medium: mAP 70.0"
-    assert [entry["dot"] for entry in figure["legend"]] == [False, True, True]
+    assert [entry["mark"] for entry in figure["legend"]] == ["", "ring", "dot"]
     assert [tick["label"] for tick in figure["x_ticks"]] == ["50", "100", "200"]
 
 
@@ -134,7 +134,7 @@ def test_page_is_static_accessible_and_escapes_names(tmp_path: Path) -> None:
     assert all((index.parent / link).is_file() for link in links if not link.startswith("#"))
     assert all(attrs.get("scope") for attrs in page.named("th"))
     assert all(attrs.get("aria-label") for attrs in page.named("svg"))
-    assert len(page.named("circle")) == 2 * 3
+    assert len(page.named("circle")) == 2 * 3 + 2  # three classes, and the legend
 
 
 def test_a_run_without_confusions_or_linear_classifier_has_a_page(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tyro
 from capt.cli.common import Data, DataOptions, Model, ModelOptions, Spec, check_out
 from capt.cli.fit import fit_models
 from capt.methods.compositional.csp import CSPConfig
+from capt.methods.compositional.model import CompositionalConfig
 from capt.methods.compositional.run import CompositionalOptions, CompositionalRun
 from capt.methods.msci_config import MSCIConfig
 
@@ -44,7 +45,7 @@ def fit_msci(
     """
     # Rows of one table are measured in one way.
     beside = {"csp": replace(csp, profile=config.profile)} if rivals else {}
-    models = {**beside, "msci": config}
+    models: dict[str, CompositionalConfig] = {**beside, "msci": config}
     return fit_models(CompositionalRun, where.open_pairs(data), model, check_out(out), options, models, json)
 
 

@@ -12,7 +12,7 @@ from capt.cli.common import Data, DataOptions, Model, ModelOptions, Spec, check_
 from capt.cli.fit import fit_models
 from capt.errors import CaptError
 from capt.methods.cprfl_config import CPRFLConfig
-from capt.methods.multi_label.model import LinearLabelsConfig
+from capt.methods.multi_label.model import LinearLabelsConfig, MultiLabelConfig
 from capt.methods.multi_label.run import MultiLabelOptions, MultiLabelRun
 from capt.methods.runs.seeds import row_name
 
@@ -50,7 +50,7 @@ def fit_cprfl(
     if linear.loss != LinearLabelsConfig().loss:
         raise CaptError("--linear.loss: a rival has the loss of its name; choose with --rivals, or 'fit linear-labels'")
     beside = {row_name(rival): replace(linear, loss=_LOSSES[rival]) for rival in rivals}
-    models = {**beside, "cprfl": config}
+    models: dict[str, MultiLabelConfig] = {**beside, "cprfl": config}
     return fit_models(MultiLabelRun, where.open_labels(data), model, check_out(out), options, models, json)
 
 

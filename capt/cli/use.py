@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +23,7 @@ from capt.cli.common import (
 )
 from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import read_json
-from capt.report.content import seed_folder
+from capt.report.content import AnyData, seed_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -277,8 +277,10 @@ def report(
     if markdown:
         print(pages.markdown_table(summary))
         return 0
-    opened = {"single-label": where.open, "compositional": where.open_pairs, "multi-label": where.open_labels}
-    data_set = pages.data_of_run(run, None if data is None else opened[_kind(summary)](data))
+    read: dict[Kind, Callable[[str], AnyData]] = {
+        "single-label": where.open, "compositional": where.open_pairs, "multi-label": where.open_labels
+    }  # fmt: skip
+    data_set = pages.data_of_run(run, None if data is None else read[_kind(summary)](data))
     print(pages.write_report(run, data=data_set, out=out, n_pairs=pairs, images_per_pair=images))
     return 0
 
@@ -303,15 +305,15 @@ def _record(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"'{run}': no run.json there; expected the folder of a run, the --out of 'capt fit'")
     record = read_json(file)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or (_kind(record) != "single-label" and not {"models", "options"} <= record.keys()):
         raise DamagedFileError(f"'{file}': not the record of a run; fit it again")
     return record
 
 
 def _kind(record: Mapping[str, Any]) -> Kind:
     """What a run is about, by its record or its summary."""
-    protocol = record.get("protocol")
-    return protocol if protocol in ("compositional", "multi-label") else "single-label"
+    others: tuple[Kind, ...] = ("compositional", "multi-label")
+    return next((kind for kind in others if kind == record.get("protocol")), "single-label")
 
 
 def _method(record: Mapping[str, Any], method: str | None) -> str:

@@ -209,7 +209,7 @@ def frequency_figure(
     ]
     ticks = [step * 10**power for power in range(7) for step in (1, 2, 5)]
     legend = [
-        {"y": 14 + 18 * number, **_series(number), "dot": method in (main, rival),
+        {"y": 14 + 18 * number, **_series(number), "mark": {main: "dot", rival: "ring"}.get(method, ""),
          "text": f"{method_name(method)}: mAP {100 * summary['methods'][method]['mean']['map']:.1f}"}
         for number, method in enumerate(methods)
     ]  # fmt: skip
