@@ -62,8 +62,9 @@ class CPRFL(MultiLabelModel):
         )  # fmt: skip
 
     def _tuned_copy(self) -> Backbone:
-        """A copy of the backbone in which all learns that the towers which learn make use of, and nothing else."""
-        tuned, outputs = copy.deepcopy(self.backbone), []
+        """A copy of the backbone, in which that learns which patches (``train_image``) or texts depend on."""
+        tuned = copy.deepcopy(self.backbone)
+        outputs: list[Tensor] = []
         parameters = list(tuned.model.requires_grad_().parameters())
         with torch.enable_grad():
             if self.config.train_text:
@@ -150,4 +151,3 @@ class CPRFL(MultiLabelModel):
         """What was learned, by name; of the tuned towers only what learns."""
         found = super().state()
         return {name: value for name, value in found.items() if not name.startswith("tuned.") or name in self._learns}
-
