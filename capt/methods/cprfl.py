@@ -75,8 +75,9 @@ class CPRFL(MultiLabelModel):
                 nn.init.zeros_(parameter)
 
     def _tuned_copy(self) -> Backbone:
-        """A copy of the backbone in which all learns that the towers which learn make use of, and nothing else."""
-        tuned, outputs = copy.deepcopy(self.backbone), []
+        """A copy of the backbone, in which that learns which patches (``train_image``) or texts depend on."""
+        tuned = copy.deepcopy(self.backbone)
+        outputs: list[Tensor] = []
         parameters = list(tuned.model.requires_grad_().parameters())
         with torch.enable_grad():
             if self.config.train_text:

@@ -37,7 +37,7 @@ def config_from_dict(kind: str, values: Mapping[str, Any]) -> MultiLabelConfig:
 
 
 def load_model(folder: str | Path, backbone: Backbone) -> MultiLabelModel:
-    """The model that :meth:`MultiLabelModel.save` wrote, in evaluation mode.
+    """The model that :meth:`MultiLabelModel.save` wrote, in evaluation mode; nothing of it learns.
 
     Raises:
         DataError: there is none.
@@ -54,4 +54,4 @@ def load_model(folder: str | Path, backbone: Backbone) -> MultiLabelModel:
             f"'{folder / 'state.json'}': not what a '{kind}' model writes ({error!r}); fit it again"
         ) from error
     model.restore(folder, record)
-    return model.to(backbone.device).eval()
+    return model.requires_grad_(False).to(backbone.device).eval()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -277,8 +278,10 @@ def evaluate(
             name: config_from_dict(values["kind"], {k: v for k, v in values.items() if k != "kind"})
             for name, values in record["models"].items()
         }
-        classes, frequency = record["classes"], record["frequency"]
-    except (KeyError, TypeError) as error:
+        classes, frequency = list(record["classes"]), np.array(record["frequency"], np.int64)
+        if frequency.shape != (len(classes),):
+            raise ValueError(f"{len(classes)} classes, {frequency.size} frequencies")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFileError(
             f"'{run / 'run.json'}': not the record of a multi-label run ({error!r}); fit it again"
         ) from error
@@ -296,8 +299,7 @@ def evaluate(
         seed: {name: load_model(run / f"seed-{seed}" / name, backbone) for name in configs} for seed in options.seeds
     }
     # Groups are those of the data that the run was trained on.
-    counts = torch.tensor(frequency).numpy()
-    again = MultiLabelRun(replace(data, frequency=counts), backbone, configs, options, progress=progress)
+    again = MultiLabelRun(replace(data, frequency=frequency), backbone, configs, options, progress=progress)
     return again.evaluate(run, models, write=False)
 
 
