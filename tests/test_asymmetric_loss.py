@@ -274,6 +274,35 @@ def test_the_gradient_of_a_gradient_is_refused_and_the_reference_has_it():
         twice("cpu")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_kept_graph_gives_the_same_gradient_every_time(reduction):
+    targets = torch.rand(3, 40) < 0.5
+    logits = torch.randn(3, 40, requires_grad=True)
+    loss = ops.asymmetric_loss(logits, targets, reduction=reduction)
+    for upstream in (1.0, 1.0, -3.0):
+        weights = torch.full_like(loss, upstream)
+        (first,) = torch.autograd.grad(loss, logits, weights, retain_graph=True)
+        fresh = ops.asymmetric_loss(logits, targets, reduction=reduction)
+        again = upstream * torch.autograd.grad(fresh, logits, torch.ones_like(loss))[0]
+        torch.testing.assert_close(first, again, rtol=1e-6, atol=0)
+        first.zero_()  # belongs to the caller
+    for _ in range(3):
+        loss.backward(retain_graph=True) if reduction == "mean" else loss.sum().backward(retain_graph=True)
+    torch.testing.assert_close(logits.grad, 3 * again / -3.0)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits, weights)
+
+
+def test_a_graph_that_was_not_kept_is_refused_the_second_time():
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = ops.asymmetric_loss(logits, torch.ones(3, 4))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 def test_the_op_itself_refuses_what_does_not_fit():
     logits, targets = torch.randn(2, 3), torch.ones(2, 3)
     for change, message in (

@@ -76,7 +76,7 @@ def asymmetric_loss(
     op = (torch.ops.capt_triton if chosen == "triton" else torch.ops.capt).asymmetric_loss.default
     arguments = (logits, targets, gamma_pos, gamma_neg, margin, eps, REDUCTIONS.index(reduction))
     plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    loss: Tensor = (_Direct.apply(op, *arguments) if plain else op(*arguments))[0]
+    loss: Tensor = _Direct.apply(op, *arguments) if plain else op(*arguments)[0]
     return loss
 
 
@@ -144,18 +144,30 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None) -> tupl
 
 
 class _Direct(torch.autograd.Function):
-    """The same, without torch.library's layer around it, which costs a small batch more than its loss."""
+    """The same, without torch.library's layer around it, which costs a small batch more than its loss.
+
+    The backward scales the slope in place and hands it out; only if a graph is kept and used again is it formed anew.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, op: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
+        logits, targets, *ctx.rest = arguments
+        ctx.op, ctx.dtype = op, logits.dtype
+        ctx.save_for_backward(logits, targets)
         with torch._C._AutoDispatchBelowAutograd():
-            found: tuple[Tensor, Tensor] = op(*arguments)
-        _save(ctx, arguments, found)
-        return found
+            loss, ctx.slope = op(*arguments)
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_gradients(ctx, *grads)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # the graph of this backward is asked for; it has none
+            raise second_derivative(OP)
+        slope, ctx.slope = ctx.slope, None
+        if slope is None:
+            slope = ctx.op(*ctx.saved_tensors, *ctx.rest)[1]
+        if grad.dim() or grad.device.type != "cpu" or grad.item() != 1:
+            slope *= grad
+        return None, slope.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _complete(namespace: str) -> None:
