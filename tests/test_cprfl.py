@@ -27,7 +27,7 @@ import open_clip  # noqa: E402
 import timm  # noqa: E402
 
 CLASSES = tiny.SHAPES
-SMALL = {"dim": 32, "n_heads": 4, "head_dim": 16, "feed_forward": 24, "interaction_dropout": 0.0}
+SMALL = {"dim": 32, "n_heads": 4, "head_dim": 16, "feed_forward": 24, "interaction_dropout": 0.0, "text_prior": False}
 LEARNED = ("prompt_initialiser", "projection", "interaction")
 
 
@@ -93,7 +93,7 @@ def test_02_logits_have_a_row_for_each_image_and_a_column_for_each_class(paths):
         model = made(classes, paths=paths)
         for batch in (1, 3):
             inputs = model.inputs(pictures(batch))
-            assert inputs.shape == (batch, 16, model.backbone.token_dim) and not inputs.requires_grad
+            assert inputs.shape == (batch, 1 + 16, model.backbone.token_dim) and not inputs.requires_grad
             for mode in (True, False):
                 logits = model.train(mode).logits(inputs)
                 assert logits.shape == (batch, len(classes)) and logits.dtype == torch.float32
@@ -104,7 +104,8 @@ def test_03_patches_in_any_order_and_classes_in_step():
     model, other = made(), made(CLASSES[::-1])
     inputs = model.inputs(pictures())
     logits = model.logits(inputs)
-    torch.testing.assert_close(model.logits(inputs.flip(1)), logits)
+    shuffled = torch.cat([inputs[:, :1], inputs[:, 1:].flip(1)], dim=1)  # behind the class token
+    torch.testing.assert_close(model.logits(shuffled), logits)
     torch.testing.assert_close(other.logits(inputs), logits.flip(1))
 
 
@@ -120,10 +121,10 @@ def test_04_images_are_independent_and_another_class_changes_the_logits():
 @pytest.mark.parametrize("residual", [False, True])
 def test_05_the_whole_model_by_hand(residual):
     model = exact(made(residual=residual))
-    inputs, layer = torch.randn(3, 9, 48, dtype=torch.float64), model.interaction.layers[0]
+    inputs, layer = torch.randn(3, 1 + 9, 48, dtype=torch.float64), model.interaction.layers[0]
     first, second = model.prompt_initialiser.layers
     prompts = F.gelu(model.text @ first.weight.T + first.bias) @ second.weight.T + second.bias
-    patches = inputs @ model.projection.weight.T + model.projection.bias
+    patches = inputs[:, 1:] @ model.projection.weight.T + model.projection.bias
     tokens = torch.cat([patches, prompts.repeat(3, 1, 1)], 1)
 
     def normed(x: Tensor, by: nn.LayerNorm) -> Tensor:
@@ -180,7 +181,8 @@ def test_09_padding_that_no_text_needs_changes_nothing():
 def test_10_towers_of_any_kind_and_size(kind, size, n_patches):
     model = made(backbone=tiny.backbone(kind))
     inputs = model.inputs(pictures(2, size))
-    assert inputs.shape == (2, n_patches, model.backbone.token_dim) and model.logits(inputs).isfinite().all()
+    patches = model.backbone.tower.patches(inputs)
+    assert patches.shape == (2, n_patches, model.backbone.token_dim) and model.logits(inputs).isfinite().all()
 
 
 def test_pixels_keep_their_values_where_they_are_not_normalised():
@@ -248,7 +250,7 @@ def test_14_frozen_texts_stay_as_they_are():
     after = model.state_dict()
     assert torch.equal(after["text"], before["text"])
     for name, value in before.items():
-        fixed = name.startswith(("backbone.", "text", "thresholds"))
+        fixed = name.startswith(("backbone.", "text", "thresholds", "trust"))
         assert torch.equal(after[name], value) is fixed, name
 
 
@@ -288,6 +290,43 @@ def test_15_alternate_refinement_freezes_the_interaction_then_the_prompt_network
     noted()
     first, second = {"prompt_initialiser", "projection"}, {"interaction", "projection"}
     assert moved == [first] * 5 + [second] * 4 + [set(LEARNED)] + [first] * 3
+
+
+# ---- prior -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_the_prior_training_starts_at_zero_shot_and_trusts_frequent_classes():
+    model = made(text_prior=True, shrinkage=20.0)
+    inputs = model.inputs(pictures())
+    counts = torch.tensor([0, 5, 20, 60, 180, 380])
+    model.prepare(iter(inputs.split(2)), counts)
+    torch.testing.assert_close(model.trust, torch.tensor([0, 0.2, 0.5, 0.75, 0.9, 0.95]))
+    features = F.normalize(model.backbone.tower.project(inputs), dim=-1)
+    texts = model.backbone.class_text_features([name.replace("_", " ") for name in CLASSES])
+    cosines = model.backbone.logit_scale * features @ texts.T
+    torch.testing.assert_close(model.logits(inputs), cosines - cosines.mean(0) - 4, rtol=1e-4, atol=1e-4)
+    ten_steps(model.train(), inputs)
+    found = model.eval().logits(inputs) - model.prior(features)
+    assert found[:, 0].abs().max() == 0 and found[:, 1:].abs().amax(0).min() > 0
+    refined = (model.features(inputs, model.category_prompts()) * model.category_prompts()).sum(-1)
+    torch.testing.assert_close(found, model.trust * refined, rtol=1e-3, atol=1e-4)
+
+
+def test_the_prior_learns_at_its_own_rate_and_is_stored(tmp_path):
+    model = made(text_prior=True, prior_lr_mult=3.0)
+    groups = model.trained_by_rate()
+    assert groups.keys() == {1.0, 3.0} and {id(p) for p in groups[3.0]} == {id(p) for p in model.prior.parameters()}
+    inputs = model.inputs(pictures())
+    model.prepare([inputs], torch.arange(6))
+    ten_steps(model.train(), inputs)
+    model.eval().save(tmp_path)
+    assert torch.equal(load_model(tmp_path, tiny.backbone()).logits(inputs), model.logits(inputs))
+
+
+@pytest.mark.parametrize("shrinkage", [-1.0, float("nan")])
+def test_a_shrinkage_that_is_none_is_refused(shrinkage):
+    with pytest.raises(CaptError, match="shrinkage: expected a finite number of 0 or more"):
+        CPRFLConfig(shrinkage=shrinkage)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class CPRFL(MultiLabelModel):
         if chosen.text_prior:
             texts = backbone.class_text_features(spoken(self.classes))
             self.prior = ClassRows(texts, float(backbone.logit_scale))
-            for parameter in self.interaction.layers[-1].w_out.parameters():
+            for parameter in self.interaction.layers[-1].get_submodule("w_out").parameters():
                 nn.init.zeros_(parameter)
 
     def _tuned_copy(self) -> Backbone:
@@ -128,11 +128,12 @@ class CPRFL(MultiLabelModel):
 
     def _seen(self, inputs: Tensor) -> Tensor:
         """Tokens [B, L, D] of whichever tower looks."""
-        learns = self.tuned is not None and self.config.train_image
-        return self._tokens(self.tuned, inputs) if learns else inputs
+        if self.tuned is None or not self.config.train_image:
+            return inputs
+        return self._tokens(self.tuned, inputs)
 
     def _patches(self, tokens: Tensor) -> Tensor:
-        patches: Tensor = self.projection(self.backbone.tower.patches(tokens).float())
+        patches: Tensor = self.projection(self.backbone.tower.patches(tokens).to(self.projection.weight.dtype))
         return patches
 
     def _image_feature(self, tokens: Tensor) -> Tensor:
@@ -152,8 +153,9 @@ class CPRFL(MultiLabelModel):
     def _refined(self, patches: Tensor, prompts: Tensor) -> Tensor:
         """``<p'_c, p_c>`` [B, C] with gradients along the chosen paths."""
         if self.config.paths == "both":
-            return self.interaction.scores(patches, prompts)
-        features = self.interaction(patches, prompts)
+            scores: Tensor = self.interaction.scores(patches, prompts)
+            return scores
+        features: Tensor = self.interaction(patches, prompts)
         if self.config.paths == "encoder":
             prompts = prompts.detach()
         else:

@@ -71,7 +71,8 @@ class _SplitAttention(torch.autograd.Function):
 
 def by_head(x: Tensor, n_heads: int) -> Tensor:
     """[..., D] as [..., h, D / h]."""
-    return x.unflatten(-1, (n_heads, -1))
+    heads: Tensor = x.unflatten(-1, (n_heads, -1))
+    return heads
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:

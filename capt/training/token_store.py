@@ -11,7 +11,7 @@ from torch import Tensor
 from capt.errors import CaptError
 
 if TYPE_CHECKING:
-    from capt.data import ImageSet
+    from capt.data.image_set import Images
 
 
 class TokenStore:
@@ -23,7 +23,7 @@ class TokenStore:
 
     def __init__(
         self,
-        images: ImageSet,
+        images: Images,
         transform: Callable[..., Tensor],
         encode: Callable[[Tensor], Tensor],
         *,
