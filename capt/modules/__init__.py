@@ -5,6 +5,7 @@ from capt.modules.composition_prompts import CompositionPrompts
 from capt.modules.confusion_loss import ConfusionLoss
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.disentangler import Disentangler
+from capt.modules.key_groups import CenterGroups, KeyGroups, PatchPositions, RegionGroups, patch_positions, sink_mask
 from capt.modules.layer_aggregator import LayerAggregator
 from capt.modules.long_tail_losses import (
     AsymmetricLoss,
@@ -16,6 +17,17 @@ from capt.modules.long_tail_losses import (
 )
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
+from capt.modules.redistributed_pooling import redistributed
+from capt.modules.redistributed_row import attention_prior, mixed_values, redistributed_rows
+from capt.modules.redistribution import (
+    MassTransfer,
+    PriorCancellation,
+    RadialBias,
+    Redistribution,
+    RegionBoost,
+    Temperature,
+    UniformMixture,
+)
 from capt.modules.sample_confusion_miner import SampleConfusion, SampleConfusionMiner
 from capt.modules.sample_evidence import SampleEvidence
 from capt.modules.semantic_confusion_miner import SemanticConfusion, SemanticConfusionMiner
@@ -26,6 +38,7 @@ __all__ = [
     "AsymmetricLoss",
     "BinaryCrossEntropy",
     "BottleneckAdapter",
+    "CenterGroups",
     "ClassBalancedLoss",
     "CompositionPrompts",
     "ConfusionLoss",
@@ -33,9 +46,17 @@ __all__ = [
     "Disentangler",
     "DistributionBalancedLoss",
     "FocalLoss",
+    "KeyGroups",
     "LayerAggregator",
+    "MassTransfer",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
+    "PatchPositions",
+    "PriorCancellation",
+    "RadialBias",
+    "Redistribution",
+    "RegionBoost",
+    "RegionGroups",
     "SampleConfusion",
     "SampleConfusionMiner",
     "SampleEvidence",
@@ -44,6 +65,14 @@ __all__ = [
     "SemanticEvidence",
     "StageFusion",
     "StageInteraction",
+    "Temperature",
+    "UniformMixture",
+    "attention_prior",
     "long_tail_loss",
+    "mixed_values",
+    "patch_positions",
+    "redistributed",
+    "redistributed_rows",
     "selectable_pairs",
+    "sink_mask",
 ]
