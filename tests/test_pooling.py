@@ -63,11 +63,11 @@ def test_several_rows_are_pooled_at_once_and_one_row_serves_all_images() -> None
 def test_the_projection_is_found_as_a_matrix_or_refused() -> None:
     for name in SOME:
         pooling = wrapped(name).tower.pooling()
-        row = torch.randn(3, 24 if name == "open_clip ResNet" else pooling.tower.width, dtype=torch.float64)
+        row = torch.randn(3, 24 if name == "open_clip ResNet, 4 x 4" else pooling.tower.width, dtype=torch.float64)
         affine = pooling.affine(row)
         torch.testing.assert_close(affine(row), pooling.projection(row))
     with pytest.raises(CaptError, match="not linear"):
-        pooling = wrapped("timm ConvNeXt").tower.pooling()
+        pooling = wrapped("timm ConvNeXt, 4 x 4").tower.pooling()
         pooling.affine(torch.randn(1, pooling.tower.width, dtype=torch.float64))
 
 

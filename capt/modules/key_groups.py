@@ -95,6 +95,10 @@ class CenterGroups:
             index, names = index + 2 * sink_mask(tokens[:, -len(off) :]).long(), (*names, "center sink", "off sink")
         return KeyGroups(_with_prefix(index, n_keys), names)
 
+    def part(self, images: slice) -> CenterGroups:
+        """The grouping of some of the images: itself."""
+        return self
+
     def record(self) -> dict[str, object]:
         """What identifies it."""
         return {"kind": "center", "radius": self.radius, "sinks": self.sinks, "seed": self.seed}
@@ -125,6 +129,10 @@ class RegionGroups:
         if not bool(self.mask.any(-1).all()):
             raise CaptError("region: an image without any patch in its region; choose at least one patch each")
         return KeyGroups(_with_prefix(2 - self.mask.to(tokens.device).long(), n_keys), ("prefix", "region", "rest"))
+
+    def part(self, images: slice) -> RegionGroups:
+        """The grouping of some of the images."""
+        return self if self.mask.ndim == 1 else RegionGroups(self.mask[images])
 
     def record(self) -> dict[str, object]:
         """What identifies it."""
