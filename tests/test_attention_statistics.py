@@ -49,10 +49,11 @@ def test_a_row_on_one_corner_is_at_its_radius() -> None:
 
 
 def test_statistics_do_not_see_a_flip() -> None:
-    rows = torch.rand(4, N, dtype=torch.float64).softmax(-1)
+    rows = torch.rand(4, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
     flipped = rows.view(4, *GRID).flip(-1).flatten(1)
-    for statistic in (center_mass, mean_radius, radial_profile):
+    for statistic in (center_mass, mean_radius):
         torch.testing.assert_close(statistic(rows, GRID), statistic(flipped, GRID))
+    torch.testing.assert_close(radial_profile(rows, GRID, 3), radial_profile(flipped, GRID, 3))
 
 
 def test_position_explains_everything_or_nothing() -> None:

@@ -16,7 +16,8 @@ from capt.modules import (
 )
 from tests.pooled_towers import ATTENTION, AVERAGE, CLASS_TOKEN, SOME, pictures, relative, wrapped
 
-LINEAR = [name for name in (*CLASS_TOKEN, *ATTENTION, *AVERAGE) if "ConvNeXt" not in name]
+NORM_IN_HEAD = ("timm ConvNeXt, 4 x 4", "timm EVA")
+LINEAR = [name for name in (*CLASS_TOKEN, *ATTENTION, *AVERAGE) if name not in NORM_IN_HEAD]
 VIT = "open_clip ViT, class token"
 
 
@@ -155,7 +156,8 @@ def test_first_order_shares_are_the_exact_ones_where_the_tail_is_linear() -> Non
     torch.testing.assert_close(first_order_shares(pooling, images), direct_effects(pooling, images).tokens())
 
 
-def test_a_projection_that_is_not_linear_is_refused() -> None:
-    backbone = wrapped("timm ConvNeXt, 4 x 4")
+@pytest.mark.parametrize("name", NORM_IN_HEAD)
+def test_a_projection_that_is_not_linear_is_refused(name: str) -> None:
+    backbone = wrapped(name)
     with pytest.raises(CaptError, match="not linear"):
         direct_effects(backbone.tower.pooling(), pictures(backbone))

@@ -90,6 +90,12 @@ class AttentionParts:
         merged = self.after(self.out(self.inner(mixed.flatten(-2))))
         return merged if self.gain is None else merged * self.gain
 
+    def head_maps(self) -> Tensor:
+        """Output map of each head, [H, D, dh]: gains included, norms behind the heads left out."""
+        maps = self.out.weight if self.gain is None else self.gain[:, None] * self.out.weight
+        maps = maps.unflatten(1, (self.n_heads, -1)).movedim(1, 0)
+        return maps if self.head_gain is None else self.head_gain[:, None, None] * maps
+
     def attend(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The layer on tokens y [B, L, D]; ``mask`` is added to the scores, broadcast to [B, H, L, L]."""
         query, key, value = (x.transpose(1, 2) for x in (self.queries(y), self.keys(y), self.values(y)))

@@ -122,8 +122,11 @@ class Pooling:
 
     def tail(self, row: Tensor) -> Tensor:
         """Pooled rows [..., D] to un-normalised features [..., d]."""
+        return self.head(row if self.feed_forward is None else self.feed_forward(row.flatten(0, -2)).view_as(row))
+
+    def head(self, row: Tensor) -> Tensor:
+        """Final norm and projection of rows [..., D], [..., d]."""
         flat = row.flatten(0, -2)
-        flat = flat if self.feed_forward is None else self.feed_forward(flat)
         return self.projection(flat if self.norm is None else self.norm(flat)).unflatten(0, row.shape[:-1])
 
     def features(self, mixed: Tensor, inputs: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class TransformersViT(TokenTower):
         patch = pair(config.patch_size)
         self.grid = (self.image_hw[0] // patch[0], self.image_hw[1] // patch[1])
         self.n_prefix = 0 if self.siglip else 1
+        self.pools_first = not self.siglip
         self.width = config.hidden_size
         self.dim = self.width if self.siglip else model.visual_projection.out_features
         self.blocks = [EncoderLayer(layer) for layer in self.vision.encoder.layers]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from capt.backbones.attention import AttentionParts
 from capt.backbones.pooling import Pooling
 from capt.errors import CaptError
 from capt.modules.key_groups import patch_positions, sink_mask
@@ -20,7 +21,8 @@ class AttentionRows(NamedTuple):
     Attributes:
         patches: [B, layers, H, N], weights of the patches, each row of them sums to 1.
         prefix: [B, layers, H], weight of class token and registers before that.
-        value_norms: [B, layers, H, N], length of what each patch would write, alone and with weight 1.
+        value_norms: [B, layers, H, N], length of what each patch would write, alone and with weight 1, in front of any
+            norm behind the heads.
         sinks: bool [B, layers, N], tokens of outlying norm at the input of the layer.
     """
 
@@ -47,14 +49,14 @@ def attention_rows(pooling: Pooling, images: Tensor) -> AttentionRows:
     if pooling.kind != "class token":
         inputs = pooling.inputs(images)
         values = pooling.values(inputs)
-        found = [_row(pooling, pooling.weights(inputs), values, pooling.tower.patches(inputs))]
+        found = [_row(pooling, pooling.attention, pooling.weights(inputs), values, pooling.tower.patches(inputs))]
         return AttentionRows(*(torch.stack(part, dim=1) for part in zip(*found, strict=True)))
     x, found = pooling.tower.embed(images), []
     for block in pooling.tower.blocks:
         parts = block.attention()
         y = parts.before(x)
         scores = torch.einsum("bhc,blhc->bhl", parts.queries(y[:, 0]), parts.keys(y)) * parts.scale
-        found.append(_row(pooling, scores.softmax(-1), parts.values(y), x[:, -pooling.n_patches :], parts.out.weight))
+        found.append(_row(pooling, parts, scores.softmax(-1), parts.values(y), x[:, -pooling.n_patches :]))
         x = block.feed_forward(block.attend(x))
     return AttentionRows(*(torch.stack(part, dim=1) for part in zip(*found, strict=True)))
 
@@ -122,14 +124,12 @@ def _center(rows: Tensor, grid: tuple[int, int], radius: float) -> Tensor:
 
 
 def _row(
-    pooling: Pooling, weights: Tensor, values: Tensor, patches: Tensor, out: Tensor | None = None
+    pooling: Pooling, parts: AttentionParts | None, weights: Tensor, values: Tensor, patches: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Parts of :class:`AttentionRows` of one layer."""
-    if out is None and pooling.attention is not None:
-        out = pooling.attention.out.weight
     n, values = pooling.n_patches, values[:, -pooling.n_patches :].transpose(1, 2)  # [B, H, N, dh]
-    if out is not None:
-        maps = out.unflatten(1, (values.shape[1], -1)).movedim(1, 0)  # [H, D, dh]
+    if parts is not None:
+        maps = parts.head_maps()
         # |W v| by the dh x dh product W'W: no [B, H, N, D].
         norms = torch.einsum("bhnd,hde,bhne->bhn", values, maps.mT @ maps, values).clamp_min(0).sqrt()
     else:

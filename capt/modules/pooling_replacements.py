@@ -36,7 +36,9 @@ def generalised_mean(tokens: Tensor, exponent: float = 3.0) -> Tensor:
     if exponent <= 0:
         raise CaptError(f"exponent: must be positive, found {exponent}")
     low = tokens.amin(1, keepdim=True)
-    return (tokens - low).pow(exponent).mean(1).pow(1 / exponent) + low[:, 0]
+    height = (tokens.amax(1, keepdim=True) - low).clamp_min(1e-30)
+    mean = ((tokens - low) / height).pow(exponent).mean(1).pow(1 / exponent)
+    return mean * height[:, 0] + low[:, 0]
 
 
 def top_mean(tokens: Tensor, k: int) -> Tensor:

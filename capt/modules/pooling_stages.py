@@ -61,8 +61,7 @@ def pooling_stages(pooling: Pooling, inputs: Tensor, objects: Tensor | None = No
 
 def value_tokens(pooling: Pooling, inputs: Tensor) -> Tensor:
     """Projected value of each patch, [B, N, d]: through output map, final norm and projection alone."""
-    row = pooling.merge(pooling.values(inputs)[:, -pooling.n_patches :])
-    return pooling.projection(row if pooling.norm is None else pooling.norm(row))
+    return pooling.head(pooling.merge(pooling.values(inputs)[:, -pooling.n_patches :]))
 
 
 def single_patch(pooling: Pooling, inputs: Tensor) -> Tensor:

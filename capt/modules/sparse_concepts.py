@@ -65,7 +65,7 @@ class SparseConcepts:
             penalty: lambda of ``|w C - z|^2 + lambda sum w``; 0.15 to 0.25 keeps 5 to 20 concepts.
             start: weights of a similar problem, such as those of a larger penalty.
         """
-        flat = self.centred(vectors).flatten(0, -2)
+        flat = self.centred(vectors).reshape(-1, vectors.shape[-1])
         begin = None if start is None else start.reshape(len(flat), -1)
         weights = nonnegative_lasso(self.dictionary, flat, penalty, start=begin).weights
         return weights.reshape(*vectors.shape[:-1], -1)
