@@ -173,7 +173,7 @@ def test_sinks_are_groups_of_their_own() -> None:
     tokens[0, 1 + 2] *= 5  # off centre
     tokens[1, 1 + 5] *= 5  # in the centre
     of = CenterGroups(sinks=True).of(GRID, N + 1, tokens)
-    assert of.index.shape == (2, N + 1) and of.counts().tolist() == [[1, 4, 11, 0, 1], [1, 3, 12, 1, 0]]
+    assert of.labels.shape == (2, N + 1) and of.counts().tolist() == [[1, 4, 11, 0, 1], [1, 3, 12, 1, 0]]
     s = scores()
     new = row(MassTransfer(1.0, ("center sink", "off sink"), ("off",)), s, of)
     assert new[0, :, 3].max() == 0 and new[1, :, 6].max() == 0
