@@ -94,7 +94,7 @@ class AttentionParts:
     def head_maps(self) -> Tensor:
         """Output map of each head, [H, D, dh]: gains included, norms behind the heads left out."""
         maps = self.out.weight if self.gain is None else self.gain[:, None] * self.out.weight
-        maps = maps.view(len(maps), self.n_heads, -1).movedim(1, 0)
+        maps = maps.reshape(len(maps), self.n_heads, -1).movedim(1, 0)
         return maps if self.head_gain is None else self.head_gain[:, None, None] * maps
 
     def attend(self, y: Tensor, mask: Tensor | None = None) -> Tensor:

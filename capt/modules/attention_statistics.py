@@ -103,7 +103,8 @@ def object_gain(rows: Tensor, objects: Tensor) -> Tensor:
 
 def entropy(rows: Tensor) -> Tensor:
     """Entropy of rows [..., N] over that of an even row, [...]."""
-    return -torch.special.xlogy(rows, rows).sum(-1) / math.log(rows.shape[-1])
+    found: Tensor = -torch.special.xlogy(rows, rows).sum(-1) / math.log(rows.shape[-1])
+    return found
 
 
 def position_share(rows: Tensor) -> Tensor:
