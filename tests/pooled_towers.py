@@ -67,4 +67,4 @@ def pictures(backbone: Backbone, n: int = 3) -> Tensor:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Largest difference over largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
