@@ -122,13 +122,13 @@ class Pooling:
 
     def tail(self, row: Tensor) -> Tensor:
         """Pooled rows [..., D] to un-normalised features [..., d]."""
-        return self.head(row if self.feed_forward is None else self.feed_forward(row.flatten(0, -2)).view_as(row))
+        return self.head(row if self.feed_forward is None else self.feed_forward(row.flatten(0, -2)).reshape(row.shape))
 
     def head(self, row: Tensor) -> Tensor:
         """Final norm and projection of rows [..., D], [..., d]."""
         flat = row.flatten(0, -2)
         features: Tensor = self.projection(flat if self.norm is None else self.norm(flat))
-        return features.view(*row.shape[:-1], -1)
+        return features.reshape(*row.shape[:-1], -1)
 
     def features(self, mixed: Tensor, inputs: Tensor) -> Tensor:
         """Mixed values [..., B, H, dh] and inputs [B, L', D] to un-normalised features [..., B, d]."""
@@ -150,6 +150,7 @@ class Pooling:
         weight = (self.projection(basis) - bias).T
         probe = torch.linspace(-1, 1, row.shape[-1], dtype=row.dtype, device=row.device)
         expected, found = self.projection(probe[None])[0], weight @ probe + bias
-        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        close = max(1e-3, 8 * torch.finfo(row.dtype).eps)
+        if not torch.allclose(expected, found, rtol=close, atol=close * float(expected.abs().max())):
             raise CaptError("pooling: the projection of this tower is not linear, so no sum of parts is its feature")
         return Affine(weight, bias)
