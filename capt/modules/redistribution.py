@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ BIASED_RATIO, BIASED_PATCH_SHARE = 1.25, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Redistribution:
+class Redistribution(ABC):
     """One way to re-weight a pooling row; the classes below say which.
 
     A rule acts in two places. *Within* a group of keys the weights are those of scores that were scaled or got a bias;
@@ -39,9 +40,9 @@ class Redistribution:
     heads: HeadChoice = None
 
     @property
+    @abstractmethod
     def neutral(self) -> bool:
         """Whether it changes nothing."""
-        raise NotImplementedError
 
     @property
     def temperature(self) -> float:
