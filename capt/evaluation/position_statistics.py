@@ -121,8 +121,8 @@ def bootstrap(
 def sign_flip_test(differences: ArrayLike, *, seed: int = 0) -> float:
     """p-value, two-sided, of the mean difference being 0 when each unit's difference is as likely to be its negative.
 
-    All 2^n signs are tried for up to 12 units, else 20,000 drawn ones (and the observed one, which keeps the test valid).
-    With n units the p-value is at least 2^(1 - n): fewer than six cannot show anything at 5 %.
+    All 2^n signs are tried for up to 12 units, else 20,000 drawn ones, the observed one among them, so the test is
+    valid. With n units the p-value is at least 2^(1 - n): fewer than six cannot show anything at 5 %.
 
     Source: Fisher's randomisation test of paired differences.
     """
@@ -234,7 +234,7 @@ def distance_trend(
     columns = [apart] if area is None else [apart, np.log(_values(area, "area", 1))]
     if any(column.shape != outcome.shape for column in (group, *columns)):
         raise DataError(f"distance_trend: {outcome.size} outcomes need as many distances, objects and areas")
-    names, member = np.unique(group, return_inverse=True)
+    member = np.unique(group, return_inverse=True)[1]
     rate = np.bincount(member, outcome) / np.bincount(member)
     mixed = (rate > 0) & (rate < 1)
     if not mixed.any():
