@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=5)
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--backgrounds", nargs="+", default=["grey", "noise"])
-    parser.add_argument("--replicates", type=int, default=2)
+    parser.add_argument("--replicates", type=int, default=1)
     parser.add_argument("--layouts", nargs="+", default=["single", "pair", "full"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")

@@ -55,12 +55,12 @@ class Cutouts:
             raise DataError(
                 f"pictures: found those of {len(self.pictures)} objects, expected {len(self.names)}, one tuple a name"
             )
-        squared = []
+        kept = []
         for name, pictures in zip(self.names, self.pictures, strict=True):
             if not pictures:
                 raise DataError(f"pictures: the object {name!r} has none; give at least one or leave the object out")
-            squared.append(tuple(_squared(picture, name) for picture in pictures))
-        object.__setattr__(self, "pictures", tuple(squared))
+            kept.append(tuple(squared(picture, name) for picture in pictures))
+        object.__setattr__(self, "pictures", tuple(kept))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,8 +75,8 @@ class Cutouts:
         return {"origin": self.origin, "names": list(self.names), "pictures": counts}
 
 
-def _squared(picture: Picture, name: str) -> Picture:
-    """The picture cut to its visible part, in the middle of the smallest square with an even rest on both sides."""
+def squared(picture: Picture, name: str) -> Picture:
+    """RGBA uint8 [H, W, 4] cut to what is visible, in the middle of the smallest square, uint8 [side, side, 4]."""
     if picture.ndim != 3 or picture.shape[2] != 4 or picture.dtype != np.uint8:
         raise DataError(
             f"pictures: found {picture.dtype} {list(picture.shape)} for {name!r}, expected uint8 [height, width, 4]"
@@ -116,6 +116,8 @@ def emoji_cutouts(n: int = 20, *, seed: int = 0, names: Sequence[str] | None = N
     found: dict[str, tuple[Picture, ...]] = {}
     order = [data.classes[i] for i in np.random.default_rng(seed).permutation(len(data.classes))]
     taken: set[str] = set()
+    if n > len(order):
+        raise DataError(f"n: {n} objects asked for, but only {len(order)} emoji are shipped")
     for name in order if names is None else names:
         if name not in data.classes:
             raise DataError(f"names: no shipped emoji is called {name!r}; see the classes of capt.data.load('emoji')")

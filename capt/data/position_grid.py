@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capt.data.backgrounds import Background, background
-from capt.data.cutouts import Cutouts, Picture
+from capt.data.cutouts import Cutouts, Picture, squared
 from capt.errors import CaptError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Pasted(NamedTuple):
     """One object in a scene: which, in which of its looks, how large (pixels), and its first row and column."""
 
     thing: int
-    replicate: int
+    look: int
     side: int
     top: int
     left: int
@@ -181,7 +181,8 @@ class PositionGrid:
         cells: G, cells along each side, odd.
         fill, placement: see :func:`place_cells`.
         backgrounds: names or paths, see :func:`capt.data.backgrounds.background`.
-        replicates: looks on every ground: further drawings of the object, or the same rotated by up to 15 degrees.
+        replicates: pictures on every ground. Each variant (ground and replicate) has a look of its own: another drawing
+            of the object or, when there are no more, the same rotated by up to 15 degrees.
         seed: of everything random.
         mean, std: the model's normalisation of pixels in [0, 1].
     """
@@ -193,7 +194,7 @@ class PositionGrid:
     fill: float = 0.8
     placement: Placement = "auto"
     backgrounds: Sequence[str | Path | Background] = ("grey", "noise")
-    replicates: int = 2
+    replicates: int = 1
     seed: int = 0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -280,7 +281,7 @@ class PositionGrid:
         box = self._in_cell(central, key, self.middle)
         top = box.top + (box.side - half) // 2
         beside = tuple(
-            Pasted(thing, self._replicate(variant), half, top, box.left + number * (box.side - half))
+            Pasted(thing, variant, half, top, box.left + number * (box.side - half))
             for number, thing in enumerate((central, peripheral))
         )
         n = len(self.others)
@@ -306,10 +307,7 @@ class PositionGrid:
         inset = (self.grid.side - side) // 2
         top = int(self.grid.tops[cell // self.cells]) + down + inset
         left = int(self.grid.lefts[cell % self.cells]) + right + inset
-        return Pasted(thing, self._replicate(key[-1]), side, top, left)
-
-    def _replicate(self, variant: int) -> int:
-        return variant % self.replicates
+        return Pasted(thing, key[-1], side, top, left)
 
     def _shift(self, key: tuple[int, ...]) -> tuple[int, int]:
         if self.grid.shifts == (1, 1):
@@ -346,7 +344,7 @@ class PositionGrid:
         canvas = ground.copy() if several else ground  # one object may lie over another
         for one in scene.pasted:
             window = (slice(None), slice(one.top, one.top + one.side), slice(one.left, one.left + one.side))
-            look = self._look(one.thing, one.replicate, one.side)
+            look = self._look(one.thing, one.look, one.side)
             pixels = np.rint(canvas[window] * (1 - look[3]) + look[:3]).clip(0, 255)
             if several:
                 canvas[window] = pixels
@@ -372,23 +370,23 @@ class PositionGrid:
     def _grounds(self) -> tuple[Background, ...]:
         return self.backgrounds  # type: ignore[return-value]  # __post_init__ has made them
 
-    def _look(self, thing: int, replicate: int, side: int) -> Pixels:
+    def _look(self, thing: int, number: int, side: int) -> Pixels:
         """One look of an object, [4, side, side]: colour times opacity in [0, 255], opacity in [0, 1]."""
-        if (look := self._looks.get((thing, replicate, side))) is None:
-            look = self._looks[thing, replicate, side] = _resized(self._drawing(thing, replicate), side)
+        if (look := self._looks.get((thing, number, side))) is None:
+            look = self._looks[thing, number, side] = _resized(self._drawing(thing, number), side)
         return look
 
-    def _drawing(self, thing: int, replicate: int) -> Picture:
+    def _drawing(self, thing: int, number: int) -> Picture:
         pictures = self.cutouts.pictures[thing]
         first = int(self._random(_DRAWING, thing).integers(len(pictures)))
-        picture = pictures[(first + replicate) % len(pictures)]
-        if replicate < len(pictures):
+        picture = pictures[(first + number) % len(pictures)]
+        if number < len(pictures):
             return picture
         from PIL import Image as image_module
 
-        angle = self._random(_DRAWING, thing, replicate).uniform(-_TURN, _TURN)
+        angle = self._random(_DRAWING, thing, number).uniform(-_TURN, _TURN)
         turned = image_module.fromarray(picture).rotate(angle, image_module.Resampling.BICUBIC, expand=True)
-        return Cutouts((self.cutouts.names[thing],), ((np.asarray(turned),),)).pictures[0][0]
+        return squared(np.asarray(turned), self.cutouts.names[thing])
 
     def _random(self, purpose: int, *key: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, purpose, *key))

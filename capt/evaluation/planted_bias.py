@@ -28,10 +28,9 @@ class PlantedBias:
     """Average of patch tokens with weights ``softmax((extra - beta) * rho^2)``, ``rho^2 = x^2 + y^2`` of the patch.
 
     A patch's token is the sum of the unit vectors of the objects in it, and ``ground`` times a further unit vector if
-    it shows none. With ``ground`` 0 a lone object is never overlooked, while of two objects in patches p and q the one at
-    the side is kept together with the central one exactly if the ratio of their weights,
-    ``exp((extra - beta) * (rho_p^2 - rho_q^2))``, lies between 2^(1/2) - 1 and 2^(1/2) + 1. With ``ground`` above 0
-    lone objects fade towards the border too.
+    it shows none. With ``ground`` 0 a lone object is never overlooked, while of two objects in patches p and q both are
+    found exactly if the ratio of their weights, ``exp((extra - beta) * (rho_p^2 - rho_q^2))``, lies between 2^(1/2) - 1
+    and 2^(1/2) + 1. With ``ground`` above 0 lone objects fade towards the border too.
 
     Args:
         n: number of objects.

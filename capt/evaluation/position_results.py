@@ -68,7 +68,7 @@ class Positions:
         if center.all() or not center.any():
             raise CaptError(
                 f"center_radius: {center_radius} puts {int(center.sum())} of {len(ring)} positions into the center; "
-                f"they lie at {sorted(set(ring.round(3).tolist()))}. Choose a value between two of these, or more cells."
+                f"they lie at {sorted(set(ring.round(3).tolist()))}. Choose one between two of these, or more cells."
             )
         return cls(cells.xy, cells.radius, ring, center, int(np.argmin(cells.radius)))
 
