@@ -23,7 +23,7 @@ CLOSED_FORM = {0: 0.417, 0.5: 0.417, 1: 0.75, 1.5: 1, 2: 1, 3: 0.75, 4: 0.417}
 
 def noisy(seed: int, beta: float) -> PlantedBias:
     """An encoder that names lone objects right in about half of the pictures."""
-    return PlantedBias(12, patches=5, beta=beta, ground=0.05, noise=0.35, seed=seed)
+    return PlantedBias(12, patches=5, patch=4, beta=beta, ground=0.05, noise=0.35, seed=seed)
 
 
 # ---- a bias that is known --------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_a_planted_bias_has_its_sign_in_every_layout(beta, verdict):
     assert sign * (record["single"]["mcnemar"]["only_first"] - record["single"]["mcnemar"]["only_second"]) > 0
 
 
-def test_an_unbiased_encoder_is_called_biased_in_at_most_5_of_100_seeds():
+def test_an_unbiased_encoder_is_called_biased_in_at_most_10_of_200_seeds():
     alarms, accuracies = 0, []
     for seed in range(200):
         model = noisy(seed, beta=0.0)

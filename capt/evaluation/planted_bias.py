@@ -88,12 +88,11 @@ class PlantedBias:
 
     def tokens(self, images: Tensor) -> Tensor:
         """Patch tokens float64 [B, N, n + 2] of images normalised with mean and std 0.5."""
-        pixels = ((images.double() * 0.5 + 0.5) * 255).round().long()
-        code = (pixels[:, 0] << 16) | (pixels[:, 1] << 8) | pixels[:, 2]
+        red, green, blue = ((images * 0.5 + 0.5) * 255).round().int().unbind(1)
+        code = (red << 16) | (green << 8) | blue
         cut = code.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch).flatten(3).flatten(1, 2)
-        colours = torch.from_numpy(self._colours.astype(np.int64))
-        codes = (colours[:, 0] << 16) | (colours[:, 1] << 8) | colours[:, 2]
-        shown = (cut[..., None] == codes).any(2).double()
+        red, green, blue = torch.from_numpy(self._colours.astype(np.int32)).unbind(1)
+        shown = (cut[..., None] == ((red << 16) | (green << 8) | blue)).any(2).double()
         ground = self.ground * (shown.sum(-1, keepdim=True) == 0)
         return torch.cat([shown, ground, torch.zeros_like(ground)], -1)
 
