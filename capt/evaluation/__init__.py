@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from capt.evaluation.center_bias import CenterBiasResult, measure_center_bias
 from capt.evaluation.compositional import BestPairs, FrontierMeter, PairCounts, ThresholdSearch
 from capt.evaluation.feasibility import feasibility, feasibility_thresholds
 from capt.evaluation.metrics import (
@@ -22,6 +23,7 @@ from capt.evaluation.multi_label import (
 )
 from capt.evaluation.pair_scores import PrimitiveFactors, pair_scores, primitive_factors, released_copies
 from capt.evaluation.pair_space import PairSpace
+from capt.evaluation.planted_bias import PlantedBias
 from capt.evaluation.protocols import (
     aggregate_seeds,
     base_to_novel_metrics,
@@ -29,17 +31,21 @@ from capt.evaluation.protocols import (
     confusion_changes,
 )
 from capt.evaluation.seen_unseen_curve import SeenUnseenCurve
+from capt.evaluation.whats_up import WhatsUpResult, score_photographs
 
 __all__ = [
     "BestPairs",
+    "CenterBiasResult",
     "ConfusionCounts",
     "FrontierMeter",
     "MultiLabelResult",
     "PairCounts",
     "PairSpace",
+    "PlantedBias",
     "PrimitiveFactors",
     "SeenUnseenCurve",
     "ThresholdSearch",
+    "WhatsUpResult",
     "accuracy",
     "aggregate_seeds",
     "average_precision",
@@ -54,9 +60,11 @@ __all__ = [
     "harmonic_mean",
     "label_metrics",
     "mean_std",
+    "measure_center_bias",
     "pair_scores",
     "predicted_labels",
     "primitive_factors",
     "released_copies",
+    "score_photographs",
     "top_confused_pairs",
 ]
