@@ -28,6 +28,7 @@ constexpr int kPanelVectors = 4;
 #else
 constexpr int kPanelVectors = 2;
 #endif
+constexpr int64_t kStreamed = 4 << 20;  // bytes of results that no second-level cache would keep
 constexpr int64_t kPanel = kPanelVectors * kWidth;
 
 // Subnormal weights change nothing and are slow.
@@ -73,7 +74,7 @@ void score_keys(const T* keys, int64_t stride, int64_t length, int64_t dim, cons
     const T* next[kWidth];
     for (int r = 0; r < kWidth; ++r) {
       row[r] = keys + (first + r < length ? first + r : length - 1) * stride;
-      next[r] = keys + (first + r + kWidth < length ? first + r + kWidth : length - 1) * stride;
+      next[r] = keys + (first + r + kKeysAhead < length ? first + r + kKeysAhead : length - 1) * stride;
     }
     Vector sum[kWidth] = {};
     for (int64_t c = 0; c < whole; c += kWidth) {
@@ -123,8 +124,26 @@ void weighted_sum(const T* values, int64_t stride, const int32_t* keys, const fl
   if (c < channels) step(sum_tile<false, 1, T>, 1);
 }
 
+// Past the caches, which the results of many variants would only sweep out. The place is a multiple of the vector size.
+inline void stream(float* target, Vector value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(target, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(target, (__m256)value);
+#else
+  store(target, value);
+#endif
+}
+
+// Streamed results become visible to other threads.
+inline void finish_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // out[i, channel] = inverse[i] sum_k factors[k, i] sums[k, channel] of kRows variants and a panel.
-template <int kRows, int kVectors>
+template <bool kStream, int kRows, int kVectors>
 inline void mix_tile(int64_t depth, const float* factors, int64_t pitch, const float* sums, const float* inverse,
                      float* out, int64_t stride, int64_t channels) {
   Vector sum[kRows][kVectors] = {};
@@ -138,12 +157,17 @@ inline void mix_tile(int64_t depth, const float* factors, int64_t pitch, const f
   }
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      store_upto(out + i * stride + v * kWidth, sum[i][v] * splat(inverse[i]), channels - v * kWidth);
+      float* place = out + i * stride + v * kWidth;
+      if constexpr (kStream) {
+        stream(place, sum[i][v] * splat(inverse[i]));
+      } else {
+        store_upto(place, sum[i][v] * splat(inverse[i]), channels - v * kWidth);
+      }
     }
   }
 }
 
-template <int kVectors>
+template <bool kStream, int kVectors>
 void mix_panel(int64_t variants, int64_t depth, const float* factors, int64_t pitch, const float* sums,
                const float* inverse, float* out, int64_t stride, int64_t channels) {
   int64_t m = 0;
@@ -151,22 +175,30 @@ void mix_panel(int64_t variants, int64_t depth, const float* factors, int64_t pi
     tile(depth, factors + m, pitch, sums, inverse + m, out + m * stride, stride, channels);
     m += rows;
   };
-  while (variants - m >= kTileVariants) step(mix_tile<kTileVariants, kVectors>, kTileVariants);
-  if (variants - m >= 4) step(mix_tile<4, kVectors>, 4);
-  if (variants - m >= 2) step(mix_tile<2, kVectors>, 2);
-  if (variants - m >= 1) step(mix_tile<1, kVectors>, 1);
+  while (variants - m >= kTileVariants) step(mix_tile<kStream, kTileVariants, kVectors>, kTileVariants);
+  if (variants - m >= 4) step(mix_tile<kStream, 4, kVectors>, 4);
+  if (variants - m >= 2) step(mix_tile<kStream, 2, kVectors>, 2);
+  if (variants - m >= 1) step(mix_tile<kStream, 1, kVectors>, 1);
 }
 
 // All variants and channels of a group.
+template <bool kStream>
 void mix(const CaptAttentionReadout& args, int64_t depth, const float* factors, int64_t pitch, const float* sums,
          const float* inverse, float* out, int64_t stride) {
   for (int64_t c = 0; c < args.dim; c += kPanel, sums += depth * kPanel) {
     const int64_t left = args.dim - c;
-    auto panel = left > 3 * kWidth && kPanelVectors == 4   ? mix_panel<kPanelVectors>
-                 : left > 2 * kWidth && kPanelVectors == 4 ? mix_panel < kPanelVectors == 4 ? 3 : 1 >
-                 : left > kWidth                           ? mix_panel<2>
-                                                           : mix_panel<1>;
-    panel(args.variants, depth, factors, pitch, sums, inverse, out + c, stride, left);
+    auto panel = [&](auto tiles) __attribute__((always_inline)) {
+      tiles(args.variants, depth, factors, pitch, sums, inverse, out + c, stride, left);
+    };
+    if (left <= kWidth) {
+      panel(mix_panel<kStream, 1>);
+    } else if (left <= 2 * kWidth || kPanelVectors == 2) {
+      panel(mix_panel<kStream, 2>);
+    } else if (left <= 3 * kWidth) {
+      panel(mix_panel<kStream, 3>);
+    } else {
+      panel(mix_panel<kStream, 4>);
+    }
   }
 }
 
@@ -188,7 +220,10 @@ template <typename T>
 class Readout {
  public:
   Readout(const CaptAttentionReadout& args, const CaptReadoutColumns& columns, void* workspace)
-      : args_(args), columns_(columns), space_(args, workspace) {}
+      : args_(args), columns_(columns), space_(args, workspace) {
+    const int64_t bytes = args.variants * variant_stride() * args.dim * (int64_t)sizeof(float);
+    streams_ = bytes >= kStreamed && args.dim % kLargestWidth == 0 && (uintptr_t)args.mean % 64 == 0;
+  }
 
   void run(int64_t begin, int64_t end) {
     // Heads outermost where each has its own arrangement of the keys of all images.
@@ -205,12 +240,14 @@ class Readout {
       arranged_head = bias_head;
       one(image, head, bias_head);
     }
+    if (streams_) finish_stream();
   }
 
  private:
   const CaptAttentionReadout& args_;
   const CaptReadoutColumns& columns_;
   const ReadoutWorkspace space_;
+  bool streams_;
   const T* values_ = nullptr;  // of the image and head at work
   float* mean_ = nullptr;
   float* log_mass_ = nullptr;
@@ -291,8 +328,8 @@ class Readout {
       }
       const float* factors = space_.factors + first * columns_.pitch;
       divisors(segments, factors);
-      mix(args_, segments, factors, columns_.pitch, space_.sums, space_.inverse, mean_ + g * args_.dim,
-          variant_stride() * args_.dim);
+      (streams_ ? mix<true> : mix<false>)(args_, segments, factors, columns_.pitch, space_.sums, space_.inverse,
+                                          mean_ + g * args_.dim, variant_stride() * args_.dim);
     }
     const int64_t section = columns_.sections == 1 ? 0 : g;
     const float* top = columns_.top + (bias_head * columns_.sections + section) * args_.variants;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kLargestWidth = 16;  // floats of the widest vector
 constexpr int64_t kLargestPanel = 64;  // channels of a panel at the level with the widest
-constexpr int64_t kKeysAhead = 8;      // values of keys that are asked for before their turn
+constexpr int64_t kKeysAhead = 16;     // values of keys that are asked for before their turn
 
 constexpr int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
