@@ -1,7 +1,13 @@
-"""Cases of attention_readout: the encoders of the center-bias study, one bias and fifty, against eager forms."""
+"""Cases of attention_readout: the encoders of the center-bias study, one bias and fifty, against eager forms.
+
+``python -m benchmarks.attention_readout`` measures them by the processor time of one thread instead of a clock, for a
+machine that other programs keep busy, and writes benchmarks/results/attention_readout.json.
+"""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,7 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import Case, Comparison, without_failing
+from benchmarks.machine import machine_card
 from benchmarks.rivals.attention_readout import RIVALS, Result
+from benchmarks.suite import RESULTS, set_up
 from capt import ops, reference
 
 
@@ -112,3 +120,35 @@ def geometry(side: int, prefix: int) -> tuple[Tensor, Tensor]:
     radius = ((x.square() + y.square()) / 2).sqrt().flatten()
     groups = (torch.maximum(x.abs(), y.abs()).flatten() > 0.5).long() + prefix
     return torch.cat([torch.zeros(prefix).long(), groups]), torch.cat([torch.zeros(prefix), radius])
+
+
+def processor_ms(function: Callable[[], object], calls: int = 7) -> float:
+    """Processor time of the fastest of some calls after the first, in milliseconds."""
+    function()
+    times = []
+    for _ in range(calls):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return float(f"{min(times) * 1e3:.3g}")
+
+
+def main() -> None:
+    """Measure every case with one thread; print the table of the documentation and write the file."""
+    set_up(threads=1)
+    rows = []
+    print("| shape, biases | dtype | ours, ms | " + " | ".join(RIVALS) + " |\n" + "| --- | --- |" + " ---: |" * 6)
+    for case in cases():
+        comparison = case.build(None)
+        if wrong := comparison.verify():
+            raise SystemExit(f"{case.shape}: {wrong}")
+        ms = {name: processor_ms(function) for name, function in comparison.functions.items()}
+        rows.append({"shape": case.shape, "dtype": case.dtype, "processor_ms": ms})
+        ratios = [f"{ms[name] / ms['ours']:.1f}" if name in ms else "-" for name in RIVALS]
+        print(f"| {case.shape} | {case.dtype} | {ms['ours']:.1f} | " + " | ".join(ratios) + " |", flush=True)
+    content = {"machine": machine_card(), "rows": rows}
+    (RESULTS / "attention_readout.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
