@@ -23,8 +23,9 @@ from capt.files import read_json, write_json
 from capt.methods.compositional.csp import CSPConfig
 from capt.methods.compositional.model import CompositionalConfig
 from capt.methods.compositional.run import CompositionalOptions, CompositionalRun
-from capt.methods.compositional.training import InputCache, fit_model
+from capt.methods.compositional.training import fit_model
 from capt.methods.msci_config import MSCIConfig
+from capt.methods.runs.inputs import InputCache
 from capt.report.summary import markdown_table
 from capt.training import TrainingOptions
 

@@ -22,7 +22,8 @@ from capt.files import read_json, write_json
 from capt.methods.cprfl_config import CPRFLConfig
 from capt.methods.multi_label.model import LinearLabelsConfig, MultiLabelConfig
 from capt.methods.multi_label.run import MultiLabelOptions, MultiLabelRun, picture_transform
-from capt.methods.multi_label.training import InputCache, fit_model
+from capt.methods.multi_label.training import fit_model
+from capt.methods.runs.inputs import InputCache
 from capt.report.summary import markdown_table
 
 TOWERS = {"lite2": "embedded", "vit": "embedded-vit"}
@@ -74,7 +75,7 @@ TRIED: dict[str, MultiLabelConfig] = {
 def tune(out: Path, runs: Path, tower: str, only: str) -> None:
     """Best validation mAP of every setting of ``TRIED``, seed 1."""
     data, backbone = load_multi_label("clipart"), load_backbone(TOWERS[tower])
-    cache = InputCache(backbone, picture_transform(backbone, "squash"), 2 << 30, lambda what, done, total: None)
+    cache = InputCache(backbone, 2 << 30, lambda what, done, total: None, picture_transform(backbone, "squash"))
     found = _stored(out)
     for name, config in TRIED.items():
         if (key := f"{tower}: {name}") in found or only not in name:

@@ -17,7 +17,8 @@ from capt.methods.compositional.prediction import candidates
 from capt.methods.compositional.registry import load_model
 from capt.methods.compositional.run import CompositionalRun, evaluate
 from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, open_world, score
-from capt.methods.compositional.training import InputCache, make_model
+from capt.methods.compositional.training import make_model
+from capt.methods.runs.inputs import InputCache
 from tests.test_compositional_runs import CONFIG, DATA, OPTIONS, TRAINING, fit_one, quiet
 from tests.tiny import backbone, compositional_set
 

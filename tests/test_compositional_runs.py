@@ -19,9 +19,10 @@ from capt.methods.compositional.model import CompositionalConfig, CompositionalM
 from capt.methods.compositional.registry import load_model
 from capt.methods.compositional.run import CompositionalOptions, CompositionalRun, evaluate
 from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, open_world, rows, score
-from capt.methods.compositional.training import InputCache, fit_model, make_model
+from capt.methods.compositional.training import fit_model, make_model
 from capt.methods.msci import MSCI
 from capt.methods.msci_config import MSCIConfig
+from capt.methods.runs.inputs import InputCache
 from capt.training import TrainingOptions
 from tests.tiny import backbone, compositional_set
 

@@ -23,7 +23,8 @@ from capt.methods.multi_label.model import LinearLabels, LinearLabelsConfig, Mul
 from capt.methods.multi_label.prediction import predict
 from capt.methods.multi_label.registry import config_from_dict, load_model, model_type
 from capt.methods.multi_label.run import MultiLabelOptions, MultiLabelRun, evaluate, picture_transform
-from capt.methods.multi_label.training import InputCache, fit_model, scores
+from capt.methods.multi_label.training import fit_model, scores
+from capt.methods.runs.inputs import InputCache
 from capt.modules.visual_semantic_interaction import InteractionLayer
 from tests.tiny import SHAPES, backbone, one_cycle, shape_set
 
@@ -39,7 +40,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def cached(limit: int = 1 << 30) -> InputCache:
-    return InputCache(backbone(), picture_transform(backbone(), "squash"), limit, quiet)
+    return InputCache(backbone(), limit, quiet, picture_transform(backbone(), "squash"))
 
 
 def fit_one(folder: Path, config: MultiLabelConfig = CONFIG, seed: int = 3, data: MultiLabelSet = DATA) -> Any:

@@ -131,7 +131,8 @@ class Visibility:
     @cached_property
     def right(self) -> NDArray[np.bool_]:
         """bool [K, V, P]."""
-        return self.predicted == np.arange(len(self.names))[:, None, None]
+        right: NDArray[np.bool_] = self.predicted == np.arange(len(self.names))[:, None, None]
+        return right
 
     @cached_property
     def profile(self) -> FloatArray:

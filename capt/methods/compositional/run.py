@@ -1,43 +1,37 @@
 """A run: train every seed with the test split locked, then open it once, in the closed and in the open world.
 
-A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``training_images.json``,
-``summary.json`` (metrics), and a ``seed-S/MODEL`` folder each with the trained model, its logs and
-``best_pairs.safetensors``: best seen and unseen pair of every test image, from which all metrics and figures follow.
+Beside what every run folder holds, ``best_pairs.safetensors``: best seen and unseen pair of every test image, from
+which all metrics and figures follow.
 """
 
 from __future__ import annotations
 
 import math
-import platform
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-import capt
-from capt.data.lock import TestLock, lock_test
+from capt.data.lock import lock_test
 from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation import BestPairs, FrontierMeter, PairSpace, feasibility_thresholds
-from capt.evaluation.protocols import aggregate_seeds
-from capt.files import read_json, save_tensors, write_json
+from capt.files import read_json
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel, PairTexts, Profile
 from capt.methods.compositional.registry import config_from_dict, load_model, model_type
 from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, open_world, rows, score
-from capt.methods.compositional.training import InputCache, fit_model, make_model
+from capt.methods.compositional.training import fit_model, make_model
+from capt.methods.runs.compared import TRAINED_ON, ComparedRun, Outcome
+from capt.methods.runs.inputs import InputCache
 from capt.methods.runs.options import Progress
-from capt.methods.runs.seeds import clear_folder, row_name
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
     from capt.data import CompositionalSet
 
-_SCHEMA = 1
-_TRAINED_ON = "training_images.json"
 World = Literal["closed", "open"]
 METRICS = ("best_seen", "best_unseen", "best_hm", "auc")
 # What follows from a split with images of one kind alone.
@@ -83,58 +77,29 @@ class CompositionalOptions:
                 raise CaptError(f"{name}: expected 0 or more, found {value}")
 
 
-class CompositionalRun:
-    """One data set, one backbone, several seeds; models by row name, and zero-shot CLIP beside them."""
+class CompositionalRun(ComparedRun[CompositionalModel]):
+    """A :class:`ComparedRun` in the closed and in the open world."""
+
+    protocol = "compositional"
+    data: CompositionalSet
+    options: CompositionalOptions
 
     def __init__(
         self, data: CompositionalSet, backbone: Backbone, models: Mapping[str, CompositionalConfig],
         options: CompositionalOptions | None = None, *, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """Prepare; no image is opened yet. ``models``: settings by row name."""
-        if row_name("zero-shot") in models or not models:
-            raise CaptError(f"models: expected at least one, none called 'zero_shot', found {list(models)}")
+        super().__init__(backbone, models, options or CompositionalOptions(), progress)
         profiles = {name: config.profile for name, config in models.items()}
         if len(set(profiles.values())) > 1:
             found = ", ".join(f"{name} {profile!r}" for name, profile in profiles.items())
             raise CaptError(f"profile: models of one run are compared, so all need the same one, found {found}")
-        self.lock = TestLock()
         self.data = replace(data, data=lock_test(data.data, self.lock))
-        self.backbone, self.models, self.options = backbone, dict(models), options or CompositionalOptions()
-        self.progress = progress or (lambda what, done, total: None)
         self.cache = InputCache(backbone, self.options.token_memory, self.progress)
 
     # ---- training ------------------------------------------------------------------------------------
 
-    def fit(self, out: str | Path, **record: Any) -> dict[int, dict[str, CompositionalModel]]:
-        """Train every model of every seed and write its folder; the test split stays shut.
-
-        ``record``: further entries of ``run.json``, such as how the backbone was opened.
-        """
-        out, started = Path(out), time.perf_counter()
-        self._try()
-        for split, counts in self.data.counts().items():
-            for kind in ("seen", "unseen"):
-                if split != "train" and not counts[f"{kind}_images"]:
-                    warnings.warn(
-                        f"{self.data.name}: no {split} image shows {'a seen' if kind == 'seen' else 'an unseen'} pair, "
-                        f"so {_EMPTY[split]}",
-                        stacklevel=2,
-                    )
-        clear_folder(out)
-        self._record(out, record)
-        trained: dict[int, dict[str, CompositionalModel]] = {}
-        for seed in self.options.seeds:
-            trained[seed] = {}
-            for name, config in self.models.items():
-                folder = out / f"seed-{seed}" / name
-                model = fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
-                model.save(folder)
-                trained[seed][name] = model
-        self._update(out, training_seconds=round(time.perf_counter() - started, 1))
-        return trained
-
-    def _try(self) -> None:
-        """Refuse settings and names that do not fit the backbone before anything is removed or trained."""
+    def _check(self) -> None:
         with torch.random.fork_rng(devices=[]):
             for config in self.models.values():
                 make_model(config, self.data, self.backbone)
@@ -142,69 +107,41 @@ class CompositionalRun:
         if "open" in self.options.worlds:
             longest = " ".join(max(names, key=len) for names in (self.data.states, self.data.objects))
         self.backbone.class_text_features([longest])
+        for split, counts in self.data.counts().items():
+            for kind in ("seen", "unseen"):
+                if split != "train" and not counts[f"{kind}_images"]:
+                    warnings.warn(
+                        f"{self.data.name}: no {split} image shows {'a seen' if kind == 'seen' else 'an unseen'} pair, "
+                        f"so {_EMPTY[split]}",
+                        stacklevel=3,
+                    )
 
-    def _record(self, out: Path, further: Mapping[str, Any]) -> None:
-        write_json(
-            out / "run.json",
-            {
-                "schema": _SCHEMA,
-                "method": "compositional",
-                "protocol": "compositional",
-                "models": {name: {"kind": model_type(c).kind, **asdict(c)} for name, c in self.models.items()},
-                "options": asdict(self.options),
-                "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
-                "data": self.data.record(),
-                "pairs": self.data.pairs.tolist(),  # 'predict' chooses among these
-                "versions": {"capt": capt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-                "hashes": {"backbone": self.backbone.fingerprint(), "data": self.data.fingerprint()},
-                "test_opened": 0,
-                **further,
-            },
-        )
-        write_json(out / _TRAINED_ON, sorted(self.data.train.names))
+    def _kind(self, config: CompositionalConfig) -> str:
+        return model_type(config).kind
 
-    def _update(self, out: Path, **values: Any) -> None:
-        write_json(out / "run.json", {**read_json(out / "run.json"), **values})
+    def _details(self) -> dict[str, Any]:
+        return {"pairs": self.data.pairs.tolist()}  # 'predict' chooses among these
+
+    def _trained_on(self) -> Iterable[str]:
+        return self.data.train.names
+
+    def _fit_one(self, name: str, config: CompositionalConfig, seed: int, folder: Path) -> CompositionalModel:
+        return fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
 
     # ---- evaluation ----------------------------------------------------------------------------------
 
-    def evaluate(
-        self, out: str | Path, models: Mapping[int, Mapping[str, CompositionalModel]], *, write: bool = True
-    ) -> dict[str, Any]:
-        """Open the test split and score every model in every world; ``run.json`` counts how often this was done."""
-        out, started = Path(out), time.perf_counter()
-        self._update(out, test_opened=read_json(out / "run.json").get("test_opened", 0) + 1)
+    def _zero_shot(self) -> CompositionalModel:
         # Measured like the models that it stands beside.
         profile = next(iter(self.models.values())).profile
-        zero_shot = make_model(CompositionalConfig(profile=profile), self.data, self.backbone).eval()
-        records: dict[str, dict[str, dict[str, Any]]] = {}
-        with self.lock.opened():
-            alone = self._evaluate_one("zero-shot", zero_shot)
-            for seed, of_seed in models.items():
-                found = {"zero_shot": alone} | {
-                    name: self._evaluate_one(f"seed {seed}: {name}", model) for name, model in of_seed.items()
-                }
-                for name, (metrics, tensors) in found.items():
-                    records.setdefault(name, {})[str(seed)] = metrics
-                    if write:
-                        save_tensors(out / f"seed-{seed}" / name / "best_pairs.safetensors", tensors)
-        summary = self._summarise(out, records)
-        summary["timing"] = {
-            "training_seconds": read_json(out / "run.json").get("training_seconds", 0.0),
-            "evaluation_seconds": round(time.perf_counter() - started, 1),
-        }
-        if write:
-            write_json(out / "summary.json", summary)
-        return summary
+        return make_model(CompositionalConfig(profile=profile), self.data, self.backbone).eval()
 
-    def _evaluate_one(self, what: str, model: CompositionalModel) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Metrics of one model, and its best pairs by world."""
+    def _evaluate_one(self, what: str, model: CompositionalModel) -> Outcome:
         metrics: dict[str, float] = {}
         tensors: dict[str, Tensor] = {}
         for world, best in self._best_pairs(what, model, metrics):
             metrics |= {f"{world}_{name}": value for name, value in _metrics(best, model.config.profile).items()}
             tensors |= {f"{world}_{name}": value for name, value in _tensors(best).items()}
-        return metrics, tensors
+        return Outcome(metrics, ("best_pairs.safetensors", tensors), {})
 
     def _best_pairs(
         self, what: str, model: CompositionalModel, metrics: dict[str, float]
@@ -248,22 +185,11 @@ class CompositionalRun:
             thresholds=thresholds, progress=lambda done, total: self.progress(f"evaluating {what}", done, total),
         )  # fmt: skip
 
-    def _summarise(self, out: Path, records: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-        record = read_json(out / "run.json")
-        return {
-            "schema": _SCHEMA,
-            "protocol": "compositional",
-            "metrics": [f"{world}_{name}" for world in self.options.worlds for name in METRICS],
-            "dataset": self.data.name,
-            "model": self.backbone.name,
-            "pretrained": record.get("opened_with", {}).get("pretrained"),
-            "seeds": list(self.options.seeds),
-            "sizes": {"states": len(self.data.states), "objects": len(self.data.objects), "pairs": self.data.counts()},
-            "test_opened": record["test_opened"],
-            "methods": {name: aggregate_seeds(per_seed) for name, per_seed in records.items()},
-            "versions": record["versions"],
-            "hashes": {**record["hashes"], "data": self.data.fingerprint()},
-        }
+    def _shown(self, metrics: Mapping[str, float]) -> list[str]:
+        return [f"{world}_{name}" for world in self.options.worlds for name in METRICS]
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"states": len(self.data.states), "objects": len(self.data.objects), "pairs": self.data.counts()}
 
 
 def _metrics(best: BestPairs, profile: Profile) -> dict[str, float]:
@@ -334,7 +260,7 @@ def evaluate(
                 f"'{run}' was trained with {len(expected)} {what}, '{data.name}' has {len(found)}, others or in "
                 "another order; evaluate it on the data it was trained for, or fit a new run"
             )
-    if leaked := sorted(set(read_json(run / _TRAINED_ON)) & set(data.test.names)):
+    if leaked := sorted(set(read_json(run / TRAINED_ON)) & set(data.test.names)):
         raise DataError(
             f"'{run}' was trained on {len(leaked)} of the test images of '{data.name}', such as '{leaked[0]}'; "
             "evaluate it on the splits it was trained with"

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from capt.data import ImageSet
 from capt.methods.compositional.model import CompositionalConfig, CompositionalModel
 from capt.methods.compositional.registry import model_type
 from capt.methods.compositional.scoring import closed_world, encode_pairs, labels_of, score
+from capt.methods.runs.inputs import InputCache
 from capt.methods.runs.options import Progress
 from capt.methods.runs.views import Views
-from capt.training import TokenStore, train
+from capt.training import train
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
     from capt.data import CompositionalSet
-
-
-class InputCache:
-    """Frozen inputs of the images of a data set, shared by all models that have the same."""
-
-    def __init__(self, backbone: Backbone, limit: int, progress: Progress) -> None:
-        """``limit``: bytes to keep for each kind of inputs and split, all views together."""
-        self.backbone, self.limit, self.progress = backbone, limit, progress
-        self._stores: dict[tuple[Hashable, ...], TokenStore] = {}
-
-    def __call__(self, model: CompositionalModel, images: ImageSet, split: str, view: int | None = None) -> TokenStore:
-        """Inputs by position in ``images``; ``view``: number of an augmented view, None for the plain one."""
-        # Under autocast they have other values; what a model is given must not depend on those before it.
-        key = model.input_kind, model.config.training.amp, split, view
-        if key not in self._stores:
-            done, what = 0, f"encoding {split} images for {model.kind}"
-            if view is not None:
-                what += f" (view {view + 1})"
-
-            def report(count: int) -> None:
-                nonlocal done
-                done += count
-                self.progress(what, done, len(images))
-
-            transform = self.backbone.preprocess if view is None else self.backbone.train_transform
-            self._stores[key] = TokenStore(
-                images, transform, model.inputs, seed=view, device=self.backbone.device, progress=report,
-                limit=self.limit // (1 + model.config.views if split == "train" else 1),
-            )  # fmt: skip
-        # What was not kept is computed again, by a model that is still there.
-        self._stores[key].encode = model.inputs
-        return self._stores[key]
 
 
 def make_model(config: CompositionalConfig, data: CompositionalSet, backbone: Backbone) -> CompositionalModel:

@@ -1,16 +1,13 @@
 """A run: train every seed with the test split locked, then open it once.
 
-A run folder holds ``run.json`` (what was run, and how often the test split was opened), ``training_images.json``,
-``summary.json`` (metrics), and a ``seed-S/MODEL`` folder each with the trained model, its logs, ``scores.safetensors``
-(logits and targets of all test images, from which all metrics and figures follow) and ``classes.json``.
+Beside what every run folder holds, ``scores.safetensors``: logits and targets of all test images, from which all
+metrics and figures follow, and ``classes.json``: what the model does on each class.
 """
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,19 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import capt
 from capt.backbones.transforms import EvalTransform
-from capt.data.lock import TestLock, lock_test
+from capt.data.lock import lock_test
 from capt.data.multi_label import THRESHOLDS
 from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation.multi_label import GROUPS, MultiLabelResult, label_metrics
-from capt.evaluation.protocols import aggregate_seeds
-from capt.files import read_json, save_tensors, write_json
+from capt.files import read_json
 from capt.methods.multi_label.model import MultiLabelConfig, MultiLabelModel
 from capt.methods.multi_label.registry import config_from_dict, load_model, model_type
-from capt.methods.multi_label.training import InputCache, choose_thresholds, fit_model, make_model, scores
+from capt.methods.multi_label.training import choose_thresholds, fit_model, make_model, scores
+from capt.methods.runs.compared import TRAINED_ON, ComparedRun, Outcome
+from capt.methods.runs.inputs import InputCache
 from capt.methods.runs.options import Progress
-from capt.methods.runs.seeds import clear_folder, row_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +34,6 @@ if TYPE_CHECKING:
     from capt.backbones import Backbone
     from capt.data import MultiLabelImages, MultiLabelSet
 
-_SCHEMA = 1
-_TRAINED_ON = "training_images.json"
 METRICS = ("map", *(f"map_{group}" for group in GROUPS))
 
 
@@ -85,17 +79,19 @@ def picture_transform(backbone: Backbone, resize: str) -> Callable[..., Tensor]:
     return EvalTransform(like.size, like.mean, like.std, like.interpolation, resize_mode="squash")
 
 
-class MultiLabelRun:
-    """One data set, one backbone, several seeds; models by row name, and zero-shot CLIP beside them."""
+class MultiLabelRun(ComparedRun[MultiLabelModel]):
+    """A :class:`ComparedRun` on images with any number of labels."""
+
+    protocol = "multi-label"
+    data: MultiLabelSet
+    options: MultiLabelOptions
 
     def __init__(
         self, data: MultiLabelSet, backbone: Backbone, models: Mapping[str, MultiLabelConfig],
         options: MultiLabelOptions | None = None, *, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """Prepare; no image is opened yet. ``models``: settings by row name."""
-        if row_name("zero-shot") in models or not models:
-            raise CaptError(f"models: expected at least one, none called 'zero_shot', found {list(models)}")
-        self.options = options or MultiLabelOptions()
+        super().__init__(backbone, models, options or MultiLabelOptions(), progress)
         if data.test is None or not len(data.test):
             raise DataError(f"'{data.name}' has no test images; a list needs a column 'split' with 'train' and 'test'")
         if data.val is None:
@@ -103,65 +99,29 @@ class MultiLabelRun:
         for split, images in data.splits().items():
             if not images.counts.any():
                 raise DataError(f"'{data.name}': none of the {len(images)} '{split}' images has a label; expected some")
-        self.lock = TestLock()
         self.data = lock_test(data, self.lock)
-        self.backbone, self.models = backbone, dict(models)
-        self.progress = progress or (lambda what, done, total: None)
         transform = picture_transform(backbone, self.options.resize)
-        self.cache = InputCache(backbone, transform, self.options.token_memory, self.progress)
+        self.cache = InputCache(backbone, self.options.token_memory, self.progress, transform)
 
     # ---- training ------------------------------------------------------------------------------------
 
-    def fit(self, out: str | Path, **record: Any) -> dict[int, dict[str, MultiLabelModel]]:
-        """Train every model of every seed and write its folder; the test split stays shut.
-
-        ``record``: further entries of ``run.json``, such as how the backbone was opened.
-        """
-        out, started = Path(out), time.perf_counter()
-        self._try()
-        clear_folder(out)
-        self._record(out, record)
-        trained: dict[int, dict[str, MultiLabelModel]] = {}
-        for seed in self.options.seeds:
-            trained[seed] = {}
-            for name, config in self.models.items():
-                folder = out / f"seed-{seed}" / name
-                model = fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
-                model.save(folder)
-                trained[seed][name] = model
-        self._update(out, training_seconds=round(time.perf_counter() - started, 1))
-        return trained
-
-    def _try(self) -> None:
-        """Refuse settings and names that do not fit before anything is removed or trained."""
+    def _check(self) -> None:
         with torch.random.fork_rng(devices=[]):
             for config in self.models.values():
                 make_model(config, self.data, self.backbone)
                 config.make_loss(self.data.train)
 
-    def _record(self, out: Path, further: Mapping[str, Any]) -> None:
-        write_json(
-            out / "run.json",
-            {
-                "schema": _SCHEMA,
-                "method": "multi-label",
-                "protocol": "multi-label",
-                "models": {name: {"kind": model_type(c).kind, **asdict(c)} for name, c in self.models.items()},
-                "options": asdict(self.options),
-                "backbone": {"name": self.backbone.name, "templates": list(self.backbone.templates)},
-                "data": self.data.record(),
-                "classes": list(self.data.classes),
-                "frequency": self.data.frequency.tolist(),
-                "versions": {"capt": capt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-                "hashes": {"backbone": self.backbone.fingerprint(), "data": self.data.fingerprint()},
-                "test_opened": 0,
-                **further,
-            },
-        )
-        write_json(out / _TRAINED_ON, sorted([*self.data.train.names, *self._validation.names]))
+    def _kind(self, config: MultiLabelConfig) -> str:
+        return model_type(config).kind
 
-    def _update(self, out: Path, **values: Any) -> None:
-        write_json(out / "run.json", {**read_json(out / "run.json"), **values})
+    def _details(self) -> dict[str, Any]:
+        return {"classes": list(self.data.classes), "frequency": self.data.frequency.tolist()}
+
+    def _trained_on(self) -> Iterable[str]:
+        return [*self.data.train.names, *self._validation.names]
+
+    def _fit_one(self, name: str, config: MultiLabelConfig, seed: int, folder: Path) -> MultiLabelModel:
+        return fit_model(name, config, self.data, self.cache, seed, folder, self.progress)
 
     @property
     def _validation(self) -> MultiLabelImages:
@@ -170,40 +130,12 @@ class MultiLabelRun:
 
     # ---- evaluation ----------------------------------------------------------------------------------
 
-    def evaluate(
-        self, out: str | Path, models: Mapping[int, Mapping[str, MultiLabelModel]], *, write: bool = True
-    ) -> dict[str, Any]:
-        """Open the test split and score every model; ``run.json`` counts how often this was done."""
-        out, started = Path(out), time.perf_counter()
-        self._update(out, test_opened=read_json(out / "run.json").get("test_opened", 0) + 1)
-        zero_shot = make_model(MultiLabelConfig(), self.data, self.backbone).eval()
-        choose_thresholds(zero_shot, self._validation, self.cache(zero_shot, self._validation, "val"))
-        records: dict[str, dict[str, dict[str, Any]]] = {}
-        with self.lock.opened():
-            alone = self._evaluate_one("zero-shot", zero_shot)
-            for seed, of_seed in models.items():
-                found = {"zero_shot": alone} | {
-                    name: self._evaluate_one(f"seed {seed}: {name}", model) for name, model in of_seed.items()
-                }
-                for name, (metrics, classes, tensors) in found.items():
-                    records.setdefault(name, {})[str(seed)] = metrics
-                    if write:
-                        folder = out / f"seed-{seed}" / name
-                        save_tensors(folder / "scores.safetensors", tensors)
-                        write_json(folder / "classes.json", classes)
-        summary = self._summarise(out, records)
-        summary["timing"] = {
-            "training_seconds": read_json(out / "run.json").get("training_seconds", 0.0),
-            "evaluation_seconds": round(time.perf_counter() - started, 1),
-        }
-        if write:
-            write_json(out / "summary.json", summary)
-        return summary
+    def _zero_shot(self) -> MultiLabelModel:
+        model = make_model(MultiLabelConfig(), self.data, self.backbone).eval()
+        choose_thresholds(model, self._validation, self.cache(model, self._validation, "val"))
+        return model
 
-    def _evaluate_one(
-        self, what: str, model: MultiLabelModel
-    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Tensor]]:
-        """Metrics of one model, what it does on each class, and its logits."""
+    def _evaluate_one(self, what: str, model: MultiLabelModel) -> Outcome:
         images = self.data.test
         assert images is not None
         found = scores(
@@ -220,27 +152,19 @@ class MultiLabelRun:
             for one in result.by_frequency()
         ]
         tensors = {"scores": found, "targets": targets, "thresholds": thresholds}
-        return _metrics(result, found, targets, thresholds), classes, tensors
+        metrics = _metrics(result, found, targets, thresholds)
+        return Outcome(metrics, ("scores.safetensors", tensors), {"classes.json": classes})
 
-    def _summarise(self, out: Path, records: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-        record = read_json(out / "run.json")
-        thresholds = (self.options.head, self.options.medium)
-        groups = {name: len(ids) for name, ids in vars(self.data.groups(thresholds)).items()}
-        first = next(iter(records.values()))
+    def _shown(self, metrics: Mapping[str, float]) -> list[str]:
+        # A group without a class that has a positive has no mean.
+        return [name for name in METRICS if name in metrics]
+
+    def _sizes(self) -> dict[str, Any]:
+        groups = vars(self.data.groups((self.options.head, self.options.medium)))
         return {
-            "schema": _SCHEMA,
-            "protocol": "multi-label",
-            # A group without a class that has a positive has no mean.
-            "metrics": [name for name in METRICS if all(name in one for one in first.values())],
-            "dataset": self.data.name,
-            "model": self.backbone.name,
-            "pretrained": record.get("opened_with", {}).get("pretrained"),
-            "seeds": list(self.options.seeds),
-            "sizes": {"classes": len(self.data.classes), "groups": groups, "images": self.data.counts()},
-            "test_opened": record["test_opened"],
-            "methods": {name: aggregate_seeds(per_seed) for name, per_seed in records.items()},
-            "versions": record["versions"],
-            "hashes": {**record["hashes"], "data": self.data.fingerprint()},
+            "classes": len(self.data.classes),
+            "groups": {name: len(ids) for name, ids in groups.items()},
+            "images": self.data.counts(),
         }
 
 
@@ -290,7 +214,7 @@ def evaluate(
             f"'{run}' was trained for {len(classes)} classes, '{data.name}' has {len(data.classes)}, others or in "
             "another order; evaluate it on data with those classes, or fit a new run"
         )
-    if data.test is not None and (leaked := sorted(set(read_json(run / _TRAINED_ON)) & set(data.test.names))):
+    if data.test is not None and (leaked := sorted(set(read_json(run / TRAINED_ON)) & set(data.test.names))):
         raise DataError(
             f"'{run}' was trained on {len(leaked)} of the test images of '{data.name}', such as '{leaked[0]}'; "
             "evaluate it on the splits it was trained with"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,48 +15,16 @@ from capt.data.multi_label import MultiLabelImages
 from capt.evaluation.multi_label import MultiLabelResult, best_thresholds
 from capt.methods.multi_label.model import MultiLabelConfig, MultiLabelModel
 from capt.methods.multi_label.registry import model_type
+from capt.methods.runs.inputs import InputCache
 from capt.methods.runs.options import Progress
 from capt.methods.runs.views import Views
-from capt.training import TokenStore, WeightAverage, train
+from capt.training import WeightAverage, train
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
     from capt.data import MultiLabelSet
 
 IMAGES = 32  # scored together
-
-
-class InputCache:
-    """Frozen inputs of the images of a data set, shared by all models that have the same."""
-
-    def __init__(self, backbone: Backbone, transform: Callable[..., Tensor], limit: int, progress: Progress) -> None:
-        """``transform``: of plain images; ``limit``: bytes to keep for each kind of inputs and split, all views."""
-        self.backbone, self.transform, self.limit, self.progress = backbone, transform, limit, progress
-        self._stores: dict[tuple[Hashable, ...], TokenStore] = {}
-
-    def __call__(
-        self, model: MultiLabelModel, images: MultiLabelImages, split: str, view: int | None = None
-    ) -> TokenStore:
-        """Inputs by position in ``images``; ``view``: number of an augmented view, None for the plain one."""
-        key = model.input_kind, split, view
-        if key not in self._stores:
-            done, what = 0, f"encoding {split} images for {model.kind}"
-            if view is not None:
-                what += f" (view {view + 1})"
-
-            def report(count: int) -> None:
-                nonlocal done
-                done += count
-                self.progress(what, min(done, len(images)), len(images))
-
-            transform = self.transform if view is None else self.backbone.train_transform
-            self._stores[key] = TokenStore(
-                images, transform, model.inputs, seed=view, device=self.backbone.device, progress=report,
-                limit=self.limit // (1 + model.config.views if split == "train" else 1),
-            )  # fmt: skip
-        # What was not kept is computed again, by a model that is still there.
-        self._stores[key].encode = model.inputs
-        return self._stores[key]
 
 
 def make_model(config: MultiLabelConfig, data: MultiLabelSet, backbone: Backbone) -> MultiLabelModel:
