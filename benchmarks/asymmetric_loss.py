@@ -1,15 +1,29 @@
-"""Cases of asymmetric_loss: forward and backward against eager and compiled forms, at the start and after training."""
+"""Cases of asymmetric_loss: forward and backward against eager and compiled forms, at the start and after training.
+
+    python -m benchmarks.asymmetric_loss --out benchmarks/results/asymmetric_loss.json
+
+times the sizes of the goal beside what no kernel can save: autograd around nothing. Processor time on one thread,
+which other work on the machine disturbs least.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.comparison import Case, Comparison, without_failing
+from benchmarks.machine import machine_card
 from benchmarks.rivals.asymmetric_loss import RIVALS
+from benchmarks.timer import interleaved
 from capt import ops, reference
+from capt.files import write_json
 
 #: The goal names the eager forms; torch.compile, which takes a minute to start, is reported beside them (--all-shapes).
 EAGER = ("textbook", "lean", "entropy")
@@ -86,3 +100,64 @@ def compare(shape: str, dtype: str, direction: str, device: str, backend: str | 
     n_bytes = plan.bytes + (logits.numel() * (4 + logits.element_size()) if direction == "both" else 0)
     goals = GOALS if direction == "both" and n_classes >= 80 else {}
     return Comparison(without_failing(functions), verify, n_bytes, plan.flops, "copy", goals)
+
+
+class _Nothing(torch.autograd.Function):
+    """Forward and backward of a loss that computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.slope = slope
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.slope, None
+
+
+def floors(batch: int, n_classes: int) -> dict[str, Callable[[], object]]:
+    """What autograd costs without any loss in it, and the kernel without autograd."""
+    x = torch.randn(batch, n_classes, requires_grad=True)
+    slope, targets = torch.zeros(batch, n_classes), torch.rand(batch, n_classes) < 4 / n_classes
+
+    def kernel() -> object:
+        with torch.no_grad():
+            return ops.asymmetric_loss(x, targets)
+
+    return {
+        "sum": lambda: torch.autograd.grad(x.sum(), x),
+        "function of nothing": lambda: torch.autograd.grad(_Nothing.apply(x, slope), x),
+        "ours, no gradient asked for": kernel,
+    }
+
+
+def times(shape: str) -> dict[str, Any]:
+    """Microseconds of processor time of every form and floor, and the ratio to the best eager form."""
+    batch, n_classes, *_ = SHAPES[shape]
+    comparison = compare(shape, "float32", "both", "cpu", None)
+    if wrong := comparison.verify():
+        raise SystemExit(f"{shape}: {wrong}")
+    functions: dict[str, Callable[[], object]] = {name: comparison.functions[name] for name in ("ours", *EAGER)}
+    functions |= floors(batch, n_classes)
+    timing = interleaved(functions, rounds=201 if batch * n_classes < 100_000 else 15, clock=time.process_time)
+    spent = {name: round(1e3 * timing[name].median, 1) for name in functions}
+    best = min(spent[name] for name in EAGER)
+    return {"shape": shape, "us": spent, "ratio": round(best / spent["ours"], 2), "goal": GOALS[EAGER]}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    shapes = [name for name, (_, n_classes, mean, _) in SHAPES.items() if n_classes >= 80 and mean == 0]
+    found = {"machine": machine_card(), "times": [times(shape) for shape in shapes]}
+    print(json.dumps(found, indent=2))
+    if arguments.out:
+        write_json(arguments.out, found)
+
+
+if __name__ == "__main__":
+    main()
