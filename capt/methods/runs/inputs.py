@@ -22,9 +22,11 @@ class HasInputs(Protocol):
     config: Any
 
     @property
-    def input_kind(self) -> Hashable: ...
+    def input_kind(self) -> Hashable:
+        """Kind of its inputs."""
 
-    def inputs(self, images: Tensor) -> Tensor: ...
+    def inputs(self, images: Tensor) -> Tensor:
+        """Frozen inputs of transformed images float [B, 3, H, W]."""
 
 
 class InputCache:
