@@ -293,7 +293,7 @@ def test_the_op_itself_refuses_what_does_not_fit():
     right = [*tensors, *groups.values(), torch.zeros(2, 1, 9), 0.3]
     torch.ops.capt.attention_readout(*right)
     for place, value, message in (
-        (0, torch.randn(2, 8), "query"),
+        (0, torch.randn(3, 8), "query"),
         (0, torch.randn(2, 2, 7), "query"),
         (0, tensors[0].half(), "one dtype"),
         (1, torch.randn(2, 9, 16), "keys must be"),

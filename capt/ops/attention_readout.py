@@ -73,19 +73,19 @@ def attention_readout(
     """
     n_groups = _checked_groups(query, keys, values, groups, n_groups, bias)
     scale = max(keys.shape[3], 1) ** -0.5 if scale is None else check_number(OP, "scale", scale)
-    inputs = (query, keys, values)
     dtype = keys.dtype
-    if any(value.dtype != dtype for value in inputs):  # float64 has no kernel, and float32 holds the others
-        double = any(value.dtype == torch.float64 for value in inputs)
+    if any(value.dtype != dtype for value in (query, values)):  # float64 has no kernel, and float32 holds the others
+        double = any(value.dtype == torch.float64 for value in (query, keys, values))
         dtype = torch.float64 if double else torch.float32
-    obstacles = tangent_obstacles(*inputs, bias)
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+    obstacles = tangent_obstacles(query, keys, values, bias)
     chosen, _ = DISPATCH.choose(keys.device.type, dtype, backend, {"cpu": slow_half(dtype)}, obstacles)
     if chosen == "reference":
-        return AttentionReadout(*reference.attention_readout(*inputs, groups, n_groups, bias, scale))
+        return AttentionReadout(*reference.attention_readout(query, keys, values, groups, n_groups, bias, scale))
     namespace = torch.ops.capt_triton if chosen == "triton" else torch.ops.capt
     bias = None if bias is None else bias.float()
     op = namespace.attention_readout.default
-    return AttentionReadout(*op(*(value.to(dtype) for value in inputs), groups, n_groups, bias, scale))
+    return AttentionReadout(*op(query, keys, values, groups, n_groups, bias, scale))
 
 
 def plan(
