@@ -77,7 +77,7 @@ def complaint(problem: Problem, found: tuple[Tensor, ...]) -> str:
     exact_score, _ = reference.bank_topk(queries.double(), rows.double(), **options)
     exact = queries.double() @ rows.double().T
     terms = queries.double().abs() @ rows.double().abs().T
-    # Two quanta: the reference is nearly exact where its BLAS sums in long registers, and the kernels' order is another.
+    # Two quanta: the reference is nearly exact where its BLAS sums in long registers, and a kernel has its own order.
     inputs = 2 * float(terms[terms.isfinite()].max()) if terms.isfinite().any() else 0.0
     why = excess(score, own_score, exact_score, inputs)
     why = why or _order(score, index, _candidates(queries, rows, options))
