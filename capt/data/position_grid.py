@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from capt.data.backgrounds import Background, background
-from capt.data.cutouts import Cutouts, Picture, resized, turned
+from capt.data.cutouts import Cutouts, Picture, squared
 from capt.errors import CaptError
 
 if TYPE_CHECKING:
@@ -381,7 +382,7 @@ class PositionGrid:
     def _look(self, thing: int, number: int, side: int) -> Pixels:
         """One look of an object, [4, side, side]: colour times opacity in [0, 255], opacity in [0, 1]."""
         if (look := self._looks.get((thing, number, side))) is None:
-            look = self._looks[thing, number, side] = resized(self._drawing(thing, number), side)
+            look = self._looks[thing, number, side] = _resized(self._drawing(thing, number), side)
         return look
 
     def _drawing(self, thing: int, number: int) -> Picture:
@@ -390,8 +391,21 @@ class PositionGrid:
         picture = pictures[(first + number) % len(pictures)]
         if number < len(pictures):
             return picture
+        from PIL import Image as image_module
+
         angle = self._random(_DRAWING, thing, number).uniform(-_TURN, _TURN)
-        return turned(picture, angle, self.cutouts.names[thing])
+        turned = image_module.fromarray(picture).rotate(angle, image_module.Resampling.BICUBIC, expand=True)
+        return squared(np.asarray(turned), self.cutouts.names[thing])
 
     def _random(self, purpose: int, *key: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, purpose, *key))
+
+
+def _resized(picture: Picture, side: int) -> Pixels:
+    """Colours are multiplied by opacity first, so that what is transparent does not bleed into edges."""
+    values = picture.transpose(2, 0, 1).astype(np.float32)
+    values[3] /= 255
+    values[:3] *= values[3]
+    resized = F.interpolate(torch.from_numpy(values)[None], (side, side), mode="bilinear", antialias=True)
+    look: Pixels = resized[0].clamp(min=0).numpy()
+    return look
