@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from capt.data.cutouts import Cutouts
 from capt.data.position_grid import PositionGrid, Scene
 from capt.errors import CaptError, DataError, NumericError
 from capt.evaluation.position_results import (
@@ -132,15 +133,29 @@ class CenterBiasResult:
         """Whether a bias to the center was shown."""
         return self.verdict == TO_CENTER
 
+    @property
+    def warnings(self) -> list[str]:
+        """Why "not shown" may say little: what the model does not recognise anywhere cannot be lost at the border."""
+        found = []
+        if self.single is not None and bootstrap(self.single.right.mean((1, 2))).low <= 1 / len(self.single.names):
+            found.append(
+                "lone objects are named no better than by chance, so their accuracy says nothing about positions; use "
+                "fewer cells, fill=1, or objects the model knows (recognised_objects)"
+            )
+        if self.pair is not None and self.pair.shares(self.pair.choice)["neither"] > 0.5:
+            found.append("in most pictures of two objects neither is found, so few are left to compete")
+        return found
+
     def record(self) -> dict[str, Any]:
         """Every number, for :func:`capt.files.write_json`."""
         layouts = {"single": self.single, "pair": self.pair, "full": self.full}
         return {
             "verdict": self.verdict,
             "level": self.level,
+            "warnings": self.warnings,
             "findings": {name: finding.record() for name, finding in self.findings.items()},
             **{name: found.record() if found else None for name, found in layouts.items()},
-            "positions": self.single.positions.record() if self.single else None,
+            "positions": located.positions.record() if (located := self.single or self.pair) else None,
             "settings": self.settings,
             "cost": dict(self.cost.__dict__),
         }
@@ -231,6 +246,46 @@ def measure_center_bias(
     }
     cost = Cost(run.images, run.texts, time.perf_counter() - started, run.drawing)
     return CenterBiasResult(single, pair, full, settings, level, cost)
+
+
+def recognised_objects(
+    model: Encoder, grid: PositionGrid, n: int, *, caption: str = "a {}", batch_size: int = 64
+) -> Cutouts:
+    """The ``n`` objects of a grid that a model names best, chosen without favouring any position.
+
+    Each object is shown in the middle and in the four corner cells, both counting equally, on grounds and in looks that
+    the grid itself does not use. So an encoder without a center bias does not get one by the choice.
+
+    Args:
+        model: what will be measured.
+        grid: with more objects than wanted.
+        n: objects to keep.
+        caption: text of an object's name.
+        batch_size: images at a time.
+
+    Returns:
+        Cut-outs, best first: those with the highest cosine of their own name less the best other name.
+    """
+    if not 1 <= n <= len(grid.cutouts):
+        raise DataError(f"n: found {n}, expected 1 to {len(grid.cutouts)}, the objects of the grid")
+    other = replace(grid, seed=grid.seed + 1)
+    run = _Run(model, other, batch_size)
+    texts = run.encode_texts([caption.replace("{}", name) for name in grid.cutouts.names])
+    side = grid.cells - 1
+    corners = [0, side, grid.cells * side, grid.cells**2 - 1]
+    scores = []
+    for thing in range(len(grid.cutouts)):
+        scenes = [
+            other.single(thing, variant)[1 + cell]
+            for variant in range(other.variants)
+            for cell in (other.middle, *corners)
+        ]
+        found = run.encode(scenes) @ texts.T
+        own = found[:, thing].clone()
+        found[:, thing] = -torch.inf
+        margin = (own - found.amax(1)).unflatten(0, (-1, 5))
+        scores.append(float(margin[:, 0].mean() + margin[:, 1:].mean()))
+    return grid.cutouts.choose(np.argsort(-np.array(scores), kind="stable")[:n].tolist())
 
 
 class _Run:
