@@ -17,12 +17,12 @@ from capt.evaluation.center_bias import (
     NOT_SHOWN,
     TO_BORDER,
     TO_CENTER,
-    Functions,
     measure_center_bias,
     recognised_objects,
 )
 from capt.evaluation.planted_bias import PlantedBias
 from capt.evaluation.position_results import CENTRAL, PERIPHERAL, Visibility
+from capt.evaluation.scene_encoder import Functions
 from tests.tiny import backbone
 
 CLOSED_FORM = {0: 0.417, 0.5: 0.417, 1: 0.75, 1.5: 1, 2: 1, 3: 0.75, 4: 0.417}
