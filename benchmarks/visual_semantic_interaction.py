@@ -128,29 +128,27 @@ def peak(n_classes: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure() -> dict[str, Any]:
-    """Memory one process after the other, times in turn."""
-    memory = {str(n): peak(n) for n in MEMORY_CLASSES}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows = [times(n_classes, result) for n_classes in GOALS for result in ("features", "scores")]
-    torch.set_num_threads(threads)
-    return {"times": rows, "timed_threads": 1, "peak_bytes": memory, "peak_goal": MEMORY_GOAL}
-
-
 def main() -> None:
-    """Entry point."""
+    """Entry point: every result is printed as it is found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--classes", type=int, nargs="*", default=list(GOALS), choices=GOALS, help="of the times")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         print(added(arguments.peak))
         return
-    found = {"machine": machine_card(), **measure()}
-    print(json.dumps(found, indent=2))
+    found: dict[str, Any] = {"machine": machine_card(), "times": [], "timed_threads": 1, "peak_bytes": {}}
+    for n_classes in MEMORY_CLASSES:
+        found["peak_bytes"][str(n_classes)] = peak(n_classes)
+        print(f"{n_classes} classes: {found['peak_bytes'][str(n_classes)]} bytes", flush=True)
+    torch.set_num_threads(1)
+    for n_classes in arguments.classes:
+        for result in ("features", "scores"):
+            found["times"].append(times(n_classes, result))
+            print(json.dumps(found["times"][-1]), flush=True)
     if arguments.out:
-        write_json(arguments.out, found)
+        write_json(arguments.out, {**found, "peak_goal": MEMORY_GOAL})
 
 
 if __name__ == "__main__":
