@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,15 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         DataError: empty, cut short, not an image, or too large.
     """
+    return _decoded(data, name, to_rgb)
+
+
+def decode_rgba(data: bytes, name: str) -> Image.Image:
+    """Decode an image file as mode RGBA, upright, its transparency kept; raises as :func:`decode_image`."""
+    return _decoded(data, name, lambda image, _: image.convert("RGBA"))
+
+
+def _decoded(data: bytes, name: str, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     image_module, formats = _pillow()
     if not data:
         raise bad_image(name, "the file is empty")
@@ -69,7 +79,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                     name, f"{width} x {height} is {width * height:,} pixels, more than the limit {MAX_PIXELS:,}"
                 )
             opened.load()
-            return _upright(to_rgb(opened, name), _orientation(opened))
+            return _upright(convert(opened, name), _orientation(opened))
     except (DataError, MemoryError):
         raise
     except image_module.DecompressionBombError as error:
