@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from capt.backbones._torchvision import import_torchvision
+from capt.backbones.attention import AttentionParts
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import (
     BlockHook,
@@ -14,14 +15,18 @@ from capt.backbones.base import (
     TokenTower,
 )
 from capt.backbones.loading import load, wrap
+from capt.backbones.pooling import Pooling, PoolingHeads
 from capt.backbones.text_cache import TextCache
 from capt.backbones.transforms import EvalTransform, TrainTransform, describe_transform
 
 __all__ = [
+    "AttentionParts",
     "Backbone",
     "BlockHook",
     "EvalTransform",
     "FeedForward",
+    "Pooling",
+    "PoolingHeads",
     "PromptEmbeddings",
     "TextCache",
     "TextTower",

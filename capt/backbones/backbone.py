@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class Backbone(nn.Module):
         self.context_length = self.tokenizer.context_length if self.tokenizer else text_tower.context_length
         self.text_cache = TextCache()
         self._tokenizer_probe = self.tokenizer.probe() if self.tokenizer else None
+        self._tower_record: dict[str, Any] = {}
         self._text_state = StateDigest(model, leaving_out=("visual", "vision_model"))
         self._full_state = StateDigest(model)
         self.eval()
@@ -262,6 +264,20 @@ class Backbone(nn.Module):
 
     # --- records -------------------------------------------------------------------------------------
 
+    def with_tower(self, tower: TokenTower, record: dict[str, Any]) -> Backbone:
+        """The same model seen through another image tower over its weights: nothing is copied.
+
+        Args:
+            tower: same sizes as ``self.tower``.
+            record: JSON-able, what makes it another one; becomes part of :meth:`fingerprint`.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.tower = tower
+        other._tower_record = self._tower_record | record
+        other._full_state = StateDigest(self.model)
+        return other
+
     def frozen_check(self) -> None:
         """Raise :class:`CaptError` if any parameter of the wrapped model requires a gradient."""
         loose = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -287,6 +303,7 @@ class Backbone(nn.Module):
             "context_length": self.context_length,
             "activations": [self.tower.activation, self.text_tower.activation],
             "preprocess": {k: v for k, v in describe_transform(self.preprocess).items() if k != "pillow"},
+            **self._tower_record,
         }
 
     def extra_repr(self) -> str:

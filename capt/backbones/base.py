@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from capt.backbones.attention import AttentionParts, Map, unsupported
+from capt.backbones.pooling import Pooling
 from capt.errors import CaptError, DataError
 
 BlockHook = Callable[[int, Tensor], Tensor]
@@ -87,6 +89,14 @@ class TokenBlock(ABC):
     def inner(self) -> BlockParts | None:
         """Where an adapter can stand inside the two halves; None: only between them."""
         return None
+
+    def attention(self) -> AttentionParts:
+        """The attention taken apart: ``attend(x) = x + parts.attend(parts.before(x))`` up to rounding.
+
+        Raises:
+            CaptError: it is not plain softmax attention.
+        """
+        raise unsupported(f"its blocks have an attention of unknown kind ({type(self).__name__})")
 
 
 class TokenTower(ABC):
@@ -175,6 +185,23 @@ class TokenTower(ABC):
             tokens, passed = self.advance(tokens, start=passed, stop=depth), depth
             found.append(TokenGrid(f"block{depth}", self.patches(tokens), self.grid))
         return found
+
+    def pooling(self) -> Pooling:
+        """The last aggregation, taken apart; ``project(run(images))`` up to rounding.
+
+        Raises:
+            CaptError: it is neither a class token's or a query's plain softmax attention nor an average.
+        """
+        raise unsupported(f"this image tower ({type(self).__name__}) has a pooling of unknown kind")
+
+    def class_token_pooling(self, norm: nn.Module | None, projection: Map) -> Pooling:
+        """The pooling of a tower whose feature is its first token's: the row of the last block's attention."""
+        last = self.blocks[-1]
+        parts = last.attention()
+        return Pooling(
+            "class token", self, len(self.blocks) - 1, parts.before, parts,
+            residual=True, feed_forward=last.feed_forward, norm=norm, projection=projection,
+        )  # fmt: skip
 
     def patches(self, tokens: Tensor) -> Tensor:
         """The H*W patch tokens out of [B, L, D]."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from capt.backbones._optional import import_optional
+from capt.backbones.attention import Affine, AttentionParts, stacked, torch_attention, unchanged, unsupported
 from capt.backbones.base import (
     BlockParts,
     FeedForward,
@@ -23,6 +24,7 @@ from capt.backbones.base import (
     check_images,
     pair,
 )
+from capt.backbones.pooling import Pooling
 from capt.errors import CaptError
 
 CPU_BATCH = 8
@@ -61,6 +63,20 @@ class ResidualBlock(TokenBlock):
         """First norm and first linear layer."""
         return BlockParts(self.block.ln_1, self.block.mlp.c_fc, not self.batch_first)
 
+    def attention(self) -> AttentionParts:
+        """The attention taken apart."""
+        block, attn = self.block, self.block.attn
+        around = {"before": block.ln_1, "gain": getattr(block.ls_1, "gamma", None)}
+        if not self.custom:
+            return torch_attention(attn, **around)
+        if attn.scaled_cosine:
+            raise unsupported("its blocks have scaled cosine attention")
+        return AttentionParts(
+            attn.num_heads, *stacked(attn.in_proj_weight.chunk(3), attn.in_proj_bias), Affine.of(attn.out_proj),
+            attn.scale, query_norm=attn.ln_q, key_norm=attn.ln_k, inner=attn.ln_inner, after=block.ln_attn,
+            head_gain=None if attn.head_scale is None else attn.head_scale.flatten(), **around,
+        )  # fmt: skip
+
 
 class OpenClipViT(TokenTower):
     """open_clip's ``VisionTransformer``: class token, average or attentional pooling."""
@@ -91,7 +107,34 @@ class OpenClipViT(TokenTower):
     def project(self, tokens: Tensor) -> Tensor:
         """Final norm, pooling and projection: [B, 1+H*W, D] to [B, d]."""
         pooled, _ = self.visual._pool(tokens)
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        return self._projected(pooled)
+
+    def _projected(self, row: Tensor) -> Tensor:
+        return row if self.visual.proj is None else row @ self.visual.proj
+
+    def pooling(self) -> Pooling:
+        """Class token, average, or one query of an attentional pooler."""
+        visual, norm = self.visual, self.visual.ln_post
+        if visual.attn_pool is not None:
+            return self._attention_pooling()
+        if visual.pool_type == "tok":
+            return self.class_token_pooling(norm, self._projected)
+        if visual.pool_type != "avg":
+            raise unsupported(f"its tokens are pooled by {visual.pool_type!r}")
+        after, normed = (norm, unchanged) if visual.final_ln_after_pool else (None, norm)
+        return Pooling(
+            "average", self, len(self.blocks), lambda x: normed(self.patches(x)), norm=after, projection=self._projected
+        )
+
+    def _attention_pooling(self) -> Pooling:
+        visual, pool = self.visual, self.visual.attn_pool
+        if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
+            raise unsupported("its feature is made of several queries of an attentional pooler")
+        parts = torch_attention(pool.attn)
+        return Pooling(
+            "attention", self, len(self.blocks), pool.ln_k, parts,
+            learned_query=parts.queries(pool.ln_q(pool.query[0])), norm=visual.ln_post, projection=self._projected,
+        )  # fmt: skip
 
 
 class FeatureMapTower(TokenTower):
@@ -152,6 +195,17 @@ class OpenClipResNet(FeatureMapTower):
     def project(self, tokens: Tensor) -> Tensor:
         """Attention pooling: [B, H*W, D] to [B, d]."""
         return self.visual.attnpool(self._map(tokens))
+
+    def pooling(self) -> Pooling:
+        """The attention pool, whose query is the mean token in front of the patches."""
+        pool = self.visual.attnpool
+
+        def prepare(tokens: Tensor) -> Tensor:
+            return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + pool.positional_embedding.to(tokens.dtype)
+
+        width = pool.q_proj.out_features // pool.num_heads
+        maps = (Affine.of(m) for m in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
+        return Pooling("attention", self, 0, prepare, AttentionParts(pool.num_heads, *maps, width**-0.5))
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Values of the attention pool, projected: what it gives if all weight lies on one token. [B, L, d]."""

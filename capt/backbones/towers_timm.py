@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from capt.backbones._optional import import_optional
+from capt.backbones.attention import Affine, AttentionParts, Map, stacked, unsupported
 from capt.backbones.base import (
     BlockParts,
     FeedForward,
@@ -22,6 +23,7 @@ from capt.backbones.base import (
     check_images,
     pair,
 )
+from capt.backbones.pooling import Pooling
 from capt.backbones.towers_open_clip import CPU_BATCH, FeatureMapTower
 
 
@@ -53,6 +55,18 @@ class TimmBlock(TokenBlock):
         """First norm (of pre-norm blocks) and first linear layer (of plain MLPs)."""
         plain = type(self.block.mlp).__name__ == "Mlp"
         return BlockParts(None if self.post_norm else self.block.norm1, self.block.mlp.fc1 if plain else None)
+
+    def attention(self) -> AttentionParts:
+        """The attention taken apart."""
+        block, attn = self.block, self.block.attn
+        if type(attn).__name__ != "Attention" or getattr(attn, "gate", None) is not None:
+            raise unsupported(f"its blocks have a gated or unusual attention ({type(attn).__name__})")
+        around = {"after": block.norm1} if self.post_norm else {"before": block.norm1}
+        return AttentionParts(
+            attn.num_heads, *stacked(attn.qkv.weight.chunk(3), attn.qkv.bias), Affine.of(attn.proj), attn.scale,
+            query_norm=attn.q_norm, key_norm=attn.k_norm, inner=getattr(attn, "norm", nn.Identity()),
+            gain=None if self.post_norm else getattr(block.ls1, "gamma", None), **around,
+        )  # fmt: skip
 
 
 class TimmViT(TokenTower):
@@ -89,6 +103,48 @@ class TimmViT(TokenTower):
         trunk = self.visual.trunk
         return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
 
+    def _projected(self, row: Tensor) -> Tensor:
+        return self.visual.head(self.visual.trunk.head(row))
+
+    def pooling(self) -> Pooling:
+        """Class token, average, or SigLIP's map pooling."""
+        trunk = self.visual.trunk
+        if self.pools_first:
+            norms = [norm for norm in (trunk.norm, trunk.fc_norm) if not isinstance(norm, nn.Identity)]
+            return self.class_token_pooling(norms[0] if len(norms) == 1 else nn.Sequential(*norms), self._projected)
+        start = 0 if trunk.pool_include_prefix else self.n_prefix
+
+        def normed(tokens: Tensor) -> Tensor:
+            return trunk.norm(tokens)[:, start:]
+
+        if trunk.attn_pool is not None:
+            return self._map_pooling(normed)
+        if trunk.global_pool != "avg":
+            raise unsupported(f"its tokens are pooled by {trunk.global_pool!r}")
+        return Pooling("average", self, len(self.blocks), normed, norm=trunk.fc_norm, projection=self._projected)
+
+    def _map_pooling(self, normed: Map) -> Pooling:
+        trunk, pool = self.visual.trunk, self.visual.trunk.attn_pool
+        if type(pool).__name__ != "AttentionPoolLatent" or (pool.latent_len > 1 and pool.pool != "token"):
+            raise unsupported(f"its tokens are pooled by {type(pool).__name__} with several queries")
+        parts = AttentionParts(
+            pool.num_heads, Affine.of(pool.q) if isinstance(pool.q, nn.Linear) else None,
+            *stacked(pool.kv.weight.chunk(2), pool.kv.bias), Affine.of(pool.proj), pool.scale,
+            query_norm=pool.q_norm, key_norm=pool.k_norm,
+        )  # fmt: skip
+
+        def prepare(tokens: Tensor) -> Tensor:
+            y = normed(tokens)
+            return y if pool.pos_embed is None else y + pool.pos_embed.to(y.dtype)
+
+        def feed_forward(row: Tensor) -> Tensor:
+            return row + pool.mlp(pool.norm(row))
+
+        return Pooling(
+            "attention", self, len(self.blocks), prepare, parts, learned_query=parts.queries(pool.latent[0, 0]),
+            feed_forward=feed_forward, norm=trunk.fc_norm, projection=self._projected,
+        )  # fmt: skip
+
 
 class TimmFeatures(FeatureMapTower):
     """Any other timm trunk: tokens are what its ``forward_features`` returns.
@@ -102,6 +158,7 @@ class TimmFeatures(FeatureMapTower):
         self.visual = visual
         self.image_hw = pair(visual.image_size)
         self.dim = dim
+        self._averages: bool | None = None
         with torch.no_grad():
             features = trunk.forward_features(next(trunk.parameters()).new_zeros(1, 3, *self.image_hw))
         self.channels_last = not features.is_contiguous()
@@ -134,6 +191,26 @@ class TimmFeatures(FeatureMapTower):
         elif self.layout == "NCHW":
             features = self._map(tokens)
         return self.visual.head(self.visual.trunk.forward_head(features))
+
+    def pooling(self) -> Pooling:
+        """Average pooling, found by asking whether tokens are pooled like their mean.
+
+        Raises:
+            CaptError: they are not.
+        """
+        if self._averages is None:
+            weight = next(self.visual.trunk.parameters())
+            shape, seed = (1, self.n_prefix + self.grid[0] * self.grid[1], self.width), torch.Generator().manual_seed(0)
+            tokens = torch.randn(shape, generator=seed).to(weight)
+            with torch.no_grad():
+                found, expected = self.project(tokens), self._pooled_alone(self.patches(tokens).mean(1))
+            self._averages = bool((found - expected).norm() <= 0.01 * expected.norm())
+        if not self._averages:
+            raise unsupported("its tokens are not pooled by averaging")
+        return Pooling("average", self, 0, self.patches, projection=self._pooled_alone)
+
+    def _pooled_alone(self, row: Tensor) -> Tensor:
+        return self.project_tokens(row[:, None])[:, 0]
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Every token pooled as a map of its own: [B, L, C] to [B, L, d]."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capt.backbones.attention import AttentionParts, separate_attention, torch_attention
 from capt.backbones.base import (
     BlockParts,
     FeedForward,
@@ -21,6 +22,7 @@ from capt.backbones.base import (
     last_position,
     pair,
 )
+from capt.backbones.pooling import Pooling
 from capt.errors import CaptError
 
 
@@ -57,6 +59,10 @@ class EncoderLayer(TokenBlock):
         """First norm and first linear layer."""
         return BlockParts(self.layer.layer_norm1, self.layer.mlp.fc1)
 
+    def attention(self) -> AttentionParts:
+        """The attention taken apart."""
+        return separate_attention(self.layer.self_attn, before=self.layer.layer_norm1)
+
 
 class TransformersViT(TokenTower):
     """The vision tower of a ``CLIPModel`` (class token) or ``SiglipModel`` (attention-pooling head)."""
@@ -72,6 +78,7 @@ class TransformersViT(TokenTower):
         patch = pair(config.patch_size)
         self.grid = (self.image_hw[0] // patch[0], self.image_hw[1] // patch[1])
         self.n_prefix = 0 if self.siglip else 1
+        self.pools_first = not self.siglip
         self.width = config.hidden_size
         self.dim = self.width if self.siglip else model.visual_projection.out_features
         self.blocks = [EncoderLayer(layer) for layer in self.vision.encoder.layers]
@@ -86,6 +93,21 @@ class TransformersViT(TokenTower):
         if self.siglip:
             return self.vision.head(self.vision.post_layernorm(tokens))
         return self.model.visual_projection(self.vision.post_layernorm(tokens[:, 0, :]))
+
+    def pooling(self) -> Pooling:
+        """CLIP's class token or the attention-pooling head of SigLIP."""
+        if not self.siglip:
+            return self.class_token_pooling(self.vision.post_layernorm, self.model.visual_projection)
+        head = self.vision.head
+        parts = torch_attention(head.attention)
+
+        def feed_forward(row: Tensor) -> Tensor:
+            return row + head.mlp(head.layernorm(row))
+
+        return Pooling(
+            "attention", self, len(self.blocks), self.vision.post_layernorm, parts,
+            learned_query=parts.queries(head.probe[0, 0]), feed_forward=feed_forward,
+        )  # fmt: skip
 
 
 class TransformersText(TextTower):
