@@ -12,6 +12,7 @@ LIBRARY = Path(__file__).with_name("capt_ops.so")
 #: What the Python part expects of the library; one built from older sources lacks some.
 OPS = (
     "asymmetric_loss",
+    "attention_readout",
     "bank_topk",
     "bank_topk_ranges",
     "confusion_pairs",

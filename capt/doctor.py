@@ -30,6 +30,7 @@ OPTIONAL = {
 # Ops with native kernels, and sizes for which the choice of backend is shown: one training batch with ViT-B/16.
 EXAMPLE_SHAPES: dict[str, dict[str, Any]] = {
     "asymmetric_loss": {"batch": 32, "n_classes": 1000},
+    "attention_readout": {"batch": 32, "length": 197, "n_heads": 12, "head_dim": 64, "n_groups": 3, "n_biases": 50},
     "bank_topk": {"n_queries": 32, "n_rows": 100_000, "dim": 512, "k": 10},
     "confusion_pairs": {"batch": 32, "n_classes": 1000, "k": 5},
     "expert_gating": {"tokens": 32, "dim": 768, "n_experts": 3, "top_k": 2},

@@ -378,6 +378,7 @@ def attention_readout(
     member = F.one_hot(groups.expand(keys.shape[0], -1), n_groups).movedim(-1, 1).to(torch.bool)  # [B, G, L]
     split = score[:, :, :, None].masked_fill(~member[None, :, None], float("-inf"))  # [M, B, H, G, L]
     empty = (split == float("-inf")).all(-1)
-    log_mass = split.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, float("-inf"))
-    mean = torch.einsum("mbhgl,blhc->mbhgc", _masked_softmax(split), values.to(accumulate))
-    return mean, log_mass
+    split = split.masked_fill(empty[..., None], 0.0)
+    weight = split.softmax(-1).masked_fill(empty[..., None], 0.0)
+    mean = torch.einsum("mbhgl,blhc->mbhgc", weight, values.to(accumulate))
+    return mean, split.logsumexp(-1).masked_fill(empty, float("-inf"))

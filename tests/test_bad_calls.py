@@ -26,6 +26,14 @@ def integers(*values):
 
 RIGHT = {
     "asymmetric_loss": lambda: {"logits": floats(3, 6), "targets": torch.eye(3, 6).bool()},
+    "attention_readout": lambda: {
+        "query": floats(2, 3, 8),
+        "keys": floats(2, 5, 3, 8),
+        "values": floats(2, 5, 3, 8),
+        "groups": integers(0, 1, 1, 0, 1),
+        "n_groups": 2,
+        "bias": floats(4, 1, 5),
+    },
     "bank_topk": lambda: {"queries": floats(3, 8), "rows": floats(5, 8), "k": 2},
     "confusion_pairs": lambda: {"logits": floats(3, 6), "k": 2},
     "prompt_attention": lambda: {
@@ -56,6 +64,7 @@ RIGHT = {
 }
 POSITIONAL = {
     "asymmetric_loss": ("logits",),
+    "attention_readout": ("query", "keys", "values"),
     "bank_topk": ("queries", "rows"),
     "confusion_pairs": ("logits",),
     "prompt_attention": ("query", "commonality", "difference"),
@@ -93,6 +102,24 @@ BAD = [
     ("asymmetric_loss", {"eps": -1e-8}, "eps"),
     ("asymmetric_loss", {"reduction": "avg"}, "reduction"),
     ("asymmetric_loss", {"backend": "cuda"}, "backend"),
+    ("attention_readout", {"keys": [[1.0]]}, "keys"),
+    ("attention_readout", {"keys": floats(2, 5, 24)}, "keys"),
+    ("attention_readout", {"values": floats(2, 4, 3, 8)}, "values"),
+    ("attention_readout", {"query": floats(1, 3, 8)}, "query"),
+    ("attention_readout", {"query": floats(8)}, "query"),
+    ("attention_readout", {"query": torch.ones(3, 8, **WHOLE)}, "query"),
+    ("attention_readout", {"values": torch.ones(2, 5, 3, 8, **META)}, "values"),
+    ("attention_readout", {"groups": integers(0, 1)}, "groups"),
+    ("attention_readout", {"groups": torch.zeros(1, 5, **WHOLE)}, "groups"),
+    ("attention_readout", {"groups": floats(5)}, "groups"),
+    ("attention_readout", {"groups": integers(0, 1, 2, 0, 0)}, "groups"),
+    ("attention_readout", {"groups": integers(0, 1, -1, 0, 0)}, "groups"),
+    ("attention_readout", {"n_groups": 0}, "n_groups"),
+    ("attention_readout", {"bias": floats(4, 2, 5)}, "bias"),
+    ("attention_readout", {"bias": floats(4, 1, 4)}, "bias"),
+    ("attention_readout", {"bias": torch.ones(4, 1, 5, **WHOLE)}, "bias"),
+    ("attention_readout", {"scale": "1"}, "scale"),
+    ("attention_readout", {"backend": "cuda"}, "backend"),
     ("bank_topk", {"queries": [[1.0] * 8]}, "queries"),
     ("bank_topk", {"queries": floats(8)}, "queries"),
     ("bank_topk", {"queries": torch.ones(3, 8, **WHOLE), "rows": torch.ones(5, 8, **WHOLE)}, "queries"),
@@ -308,6 +335,7 @@ def test_the_gradient_of_a_gradient_of_a_kernel_is_refused_and_the_reference_has
 
 KERNELS_WITH_GRADIENT = [
     "asymmetric_loss",
+    "attention_readout",
     "grid_adapter",
     "prompt_attention",
     "prompt_attention_shared",

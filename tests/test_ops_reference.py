@@ -382,10 +382,6 @@ BAD_CALLS = {
     ),
     "backend='fast' is unknown": lambda: ops.asymmetric_loss(torch.ones(1, 1), torch.ones(1, 1), backend="fast"),
     "no such kernel": lambda: ops.asymmetric_loss(torch.ones(1, 1), torch.ones(1, 1), backend="cuda"),
-    "no kernel yet for this op": lambda: ops.attention_readout(
-        torch.ones(2, 3), torch.ones(1, 4, 2, 3), torch.ones(1, 4, 2, 3),
-        groups=torch.zeros(4).long(), n_groups=1, backend="cuda",
-    ),
     "there is no op": lambda: ops.explain("convolve"),
     "unexpected keyword": lambda: ops.explain("bank_topk", colour=3),
 }  # fmt: skip
@@ -395,9 +391,3 @@ BAD_CALLS = {
 def test_bad_arguments_are_named(message):
     with pytest.raises(CaptError, match=message):
         BAD_CALLS[message]()
-
-
-def test_explain_is_honest_about_missing_kernels():
-    plan = ops.explain("attention_readout")
-    assert plan.backend == "reference" and plan.reason == "no kernel yet for this op"
-    assert set(plan.rejected) == {"cpu", "cuda", "triton"}

@@ -40,7 +40,7 @@ def explain(op: str, **shapes: Any) -> Plan:
     """Which backend a call would take, and why.
 
     op: a name of ``__all__``. shapes: what the op's plan depends on (see the docstring of ``plan`` in its module);
-    every op accepts backend=, those with kernels also dtype= (a torch.dtype) and device=, and
+    every op accepts backend=, dtype= (a torch.dtype) and device=, and
 
     - grid_adapter: batch, grid (height, width), dim, n_prefix
     - bank_topk: n_queries, n_rows, dim, k, candidates
@@ -50,10 +50,11 @@ def explain(op: str, **shapes: Any) -> Plan:
     - expert_gating: tokens, dim, hidden, n_experts, top_k
     - asymmetric_loss: batch, n_classes, reduction
     - pair_frontier: batch, n_pairs, n_groups, n_states, n_objects (0: no primitive term)
+    - attention_readout: batch, length, n_heads, head_dim, n_groups, n_biases
 
     Raises CaptError for an unknown op, arguments that do not fit, or a forced backend that cannot run.
 
-    >>> print(explain("attention_readout").backend)
+    >>> print(explain("confusion_pairs", batch=8, n_classes=10, k=2, dtype=torch.float64).backend)
     reference
     """
     if op not in _PLANS:

@@ -126,12 +126,3 @@ def slow_half(dtype: torch.dtype) -> str:
     if dtype == torch.float16 and NATIVE.cpu_level == "baseline":
         return "this CPU converts float16 in software, which is slower than the reference"
     return ""
-
-
-def reference_only(op: str, backend: str | None = None) -> Plan:
-    """The plan of an op that has only its reference so far; a forced other backend raises."""
-    check_backend_name(op, backend)
-    why = "no kernel yet for this op"
-    if backend not in (None, "reference"):
-        raise forced_impossible(op, str(backend), why)
-    return Plan(op, "reference", "forced" if backend else why, rejected={name: why for name in BACKENDS[1:]})
