@@ -1,4 +1,4 @@
-"""capt: teach a CLIP-family model from its own confusions, and new pairs of states and objects.
+"""capt: teach a CLIP-family model from its own confusions, new pairs of states and objects, and rare labels.
 
 Names are loaded on first use, so ``import capt`` needs and loads only the core dependencies.
 """
@@ -17,6 +17,7 @@ _LAZY = {
     "ConfusionBank": "capt.bank",
     "CAPT": "capt.methods.capt",
     "MSCI": "capt.methods.msci",
+    "CPRFL": "capt.methods.cprfl",
     "SemanticConfusionMiner": "capt.modules",
     "SampleConfusionMiner": "capt.modules",
     "DiffMannerAdapter": "capt.modules",

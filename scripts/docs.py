@@ -5,8 +5,9 @@
 
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py, and
-between ``msci-lines`` in docs/msci.md those of examples/compositional.py. ``compositional-table`` in README.md is the
-first run of docs/results/compositional.json, ``compositional`` in docs/results.md all of them. In docs/results.md, the
+between ``msci-lines`` in docs/msci.md those of examples/compositional.py, ``cprfl-lines`` in docs/cprfl.md of
+examples/multi_label.py. ``compositional-table`` in README.md is the first run of docs/results/compositional.json,
+``compositional`` in docs/results.md all of them; ``multi-label-table`` is that of docs/results/multi_label.json. In docs/results.md, the
 ``tuning-table`` marks hold what scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and
 ``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
 benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one
@@ -36,6 +37,7 @@ TUNING = ROOT / "docs" / "results" / "tuning.json"
 BASE_MODELS = ROOT / "docs" / "results" / "base_models.json"
 ABLATION = ROOT / "docs" / "results" / "ablation.json"
 COMPOSITIONAL = ROOT / "docs" / "results" / "compositional.json"
+MULTI_LABEL = ROOT / "docs" / "results" / "multi_label.json"
 EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
 KERNELS = ROOT / "docs" / "kernels"
@@ -101,7 +103,7 @@ def base_models_table() -> str:
     return "\n".join([*lines, "", *verdicts])
 
 
-def compositional_table(runs: dict[str, Any]) -> str:
+def first_table(runs: dict[str, Any]) -> str:
     """The first run: means of every method, and what they say."""
     name, summary = next(iter(runs.items()))
     sentences = "\n".join(f"- {sentence}" for sentence in verdict(summary))
@@ -185,6 +187,7 @@ def generated() -> dict[str, dict[str, str]]:
     pages = {
         "README.md": {"drop-in": ten_lines("drop_in.py")},
         "docs/msci.md": {"msci-lines": ten_lines("compositional.py")},
+        "docs/cprfl.md": {"cprfl-lines": ten_lines("multi_label.py")},
         "docs/results.md": {},
     }
     if DEMO.is_file():
@@ -199,8 +202,10 @@ def generated() -> dict[str, dict[str, str]]:
         pages["docs/results.md"]["ablation"] = ablation_table()
     if COMPOSITIONAL.is_file():
         runs = json.loads(COMPOSITIONAL.read_text(encoding="utf-8"))
-        pages["README.md"]["compositional-table"] = compositional_table(runs)
+        pages["README.md"]["compositional-table"] = first_table(runs)
         pages["docs/results.md"]["compositional"] = compositional_tables(runs)
+    if MULTI_LABEL.is_file():
+        pages["README.md"]["multi-label-table"] = first_table(json.loads(MULTI_LABEL.read_text(encoding="utf-8")))
     return pages
 
 

@@ -225,7 +225,7 @@ def test_an_index_that_does_not_fit_is_damage(copied: Path, change, words: str) 
 
 
 def test_it_has_its_own_folder_and_takes_no_root_and_no_other_validation_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="root: only 'coco-lt', 'voc-lt' and lists of images take it"):
+    with pytest.raises(DataError, match=r"root \(--root\): only 'coco-lt', 'voc-lt' and lists of images take it"):
         load_multi_label("clipart", tmp_path)
     with pytest.raises(DataError, match="val_fraction: 'clipart' has 367 validation images"):
         load_multi_label("clipart", val_fraction=0.1)

@@ -154,7 +154,7 @@ def test_an_image_stays_in_its_split_when_only_another_list_has_its_pair():
 
 @pytest.mark.parametrize("spec", ["emoji-pairs", "czsl:cgqa"])
 def test_a_compositional_set_where_classes_are_needed_is_named_as_such(spec, tmp_path):
-    with pytest.raises(DataError, match="a compositional data set, for load_compositional, 'capt fit msci'"):
+    with pytest.raises(DataError, match="but a compositional data set, for load_compositional, 'capt fit msci'"):
         load(spec, root=tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_bad_pair_files_are_named(tmp_path, pairs, words):
 def test_missing_files_unknown_data_sets_and_a_missing_root_are_named(tmp_path):
     with pytest.raises(DataError, match="unknown data set; there are mit-states, ut-zappos, cgqa"):
         load_compositional("czsl:mit", root=tmp_path)
-    with pytest.raises(DataError, match="root is missing"):
+    with pytest.raises(DataError, match=r"root \(--root\) is missing"):
         load_compositional("czsl:cgqa")
     with pytest.raises(DataError, match=f"lacks the file '{METADATA}', 'compositional-split-natural/train_pairs.txt'"):
         load_compositional("czsl:cgqa", root=tmp_path)

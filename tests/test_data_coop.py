@@ -118,7 +118,7 @@ class TestLayouts:
         assert data.meta["differs_from_published"][0] == "2 classes, expected 10"
 
     def test_missing_parts_are_named(self, tmp_path):
-        with pytest.raises(DataError, match="root is missing"):
+        with pytest.raises(DataError, match=r"root \(--root\) is missing"):
             load("coop:dtd")
         with pytest.raises(DataError, match=r"file 'split_zhou_DescribableTextures\.json', the folder 'images'"):
             load("coop:dtd", root=tmp_path)

@@ -50,7 +50,14 @@ def test_the_lines_in_the_guide_to_msci_run() -> None:
     assert 0 <= found["auc"] <= found["best_seen"] <= 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/msci.md"])
+def test_the_lines_in_the_guide_to_cprfl_run() -> None:
+    page = (ROOT / "docs" / "cprfl.md").read_text(encoding="utf-8")
+    code = page.split("<!-- cprfl-lines -->\n```python\n")[1].split("\n```")[0]
+    assert len(code.splitlines()) == 10
+    assert 0 < script("examples/multi_label.py").main(n_images=12, epochs=1) <= 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/msci.md", "docs/cprfl.md"])
 def test_commands_that_are_shown_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", "")  # commands that go on in the next line
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("capt ")]
@@ -128,7 +135,7 @@ def test_tables_of_compositional_runs_judge_msci(tmp_path: Path) -> None:
         "- vit, x: MSCI is not above CSP in Closed AUC (25.0 against 50.0), CSP in Open HM (50.0 against 50.0), "
         "CSP in Open AUC (25.0 against 25.0)."
     )
-    table = docs.compositional_table({"vit, x": summary})
+    table = docs.first_table({"vit, x": summary})
     assert "vit, x:\n\n- Closed world, best harmonic mean" in table and "MSCI does not beat CSP in closed AUC" in table
 
 

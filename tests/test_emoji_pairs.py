@@ -164,5 +164,5 @@ def test_an_index_that_does_not_fit_is_damage(copied: Path, change, words: str) 
 
 
 def test_it_has_its_own_folder_and_takes_no_root(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="root: only 'czsl:<data set>' and lists of images take it"):
+    with pytest.raises(DataError, match=r"root \(--root\): only 'czsl:<data set>' and lists of images take it"):
         load_compositional("emoji-pairs", root=tmp_path)

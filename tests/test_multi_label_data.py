@@ -279,7 +279,7 @@ def test_other_numbers_than_published_are_warned_of_and_recorded(tmp_path):
 
 
 def test_missing_files_images_and_root_are_named(tmp_path):
-    with pytest.raises(DataError, match="root is missing"):
+    with pytest.raises(DataError, match=r"root \(--root\) is missing"):
         load_multi_label("coco-lt")
     with pytest.raises(DataError, match=r"lacks 'coco_lt_train.txt', 'coco_lt_test.txt', 'coco_labels.txt'"):
         load_multi_label("coco-lt", tmp_path)

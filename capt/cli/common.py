@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from capt.backbones import Backbone
-    from capt.data import CompositionalSet, DataSet
+    from capt.data import CompositionalSet, DataSet, MultiLabelSet
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class DataOptions:
     """Where a data set lies."""
 
     root: Path | None = None
-    """'coop:' and 'czsl:' data sets: the folder that holds them; a list of images: where its paths start."""
+    """'coop:' and 'czsl:' data sets, 'coco-lt', 'voc-lt': the folder that holds them; a list of images: where its paths
+    start."""
     test_fraction: float | None = None
     """Data without a test split: hold out this part of every class, chosen by hash, as test images."""
     split_seed: int = 0
@@ -89,6 +90,14 @@ class DataOptions:
         if self.test_fraction is not None:
             raise DataError(f"--test-fraction: '{spec}' is compositional and has its splits; leave the option out")
         return load_compositional(spec, self.root, **options)
+
+    def open_labels(self, spec: str, **options: Any) -> MultiLabelSet:
+        """Read the multi-label data set ``spec``; ``options``: of its reader."""
+        from capt.data import load_multi_label
+
+        if self.test_fraction is not None:
+            raise DataError(f"--test-fraction: '{spec}' is a multi-label set; its test images are those it lists")
+        return load_multi_label(spec, self.root, **options)
 
 
 Spec: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]

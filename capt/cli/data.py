@@ -147,13 +147,10 @@ def _is_multi_label(data: str) -> bool:
 
 def _check_multi_label(spec: str, where: DataOptions, lists_only: bool, json: bool) -> int:
     """What is in a multi-label data set, and what is wrong with it."""
-    from capt.data import load_multi_label
     from capt.data.readers.long_tail_lists import LAYOUTS
 
-    if where.test_fraction is not None:
-        raise DataError(f"--test-fraction: '{spec}' is a multi-label set; its test images are those it lists")
     options = {"warn": False} if spec in LAYOUTS else {}  # what it would warn of is printed as notes
-    data = load_multi_label(spec, where.root, **options)
+    data = where.open_labels(spec, **options)
     counts, record = data.counts(), data.record()
     problems = [] if len(data.train) else ["no training image"]
     notes = [*data.meta.get("differs_from_published", [])]

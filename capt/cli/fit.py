@@ -28,7 +28,10 @@ from capt.methods.runs.protocol import make_protocol
 from capt.training import TrainingOptions
 
 if TYPE_CHECKING:
+    from capt.data import CompositionalSet, MultiLabelSet
     from capt.methods.base.model import BaseConfig
+    from capt.methods.compositional.run import CompositionalOptions, CompositionalRun
+    from capt.methods.multi_label.run import MultiLabelOptions, MultiLabelRun
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,26 @@ def show(summary: Mapping[str, Any], out: Path, as_json: bool) -> None:
     else:
         print_summary(summary)
         print(f"\nrun folder: {out}")
+
+
+def fit_models(
+    run_type: type[CompositionalRun] | type[MultiLabelRun],
+    data: CompositionalSet | MultiLabelSet,
+    model: ModelOptions,
+    out: Path,
+    options: CompositionalOptions | MultiLabelOptions,
+    models: Mapping[str, Any],
+    json: bool,
+) -> int:
+    """Train models side by side, settings by row name, open the test images once, and show the result."""
+    backbone = model.open()
+    with ProgressLine(quiet=json) as progress:
+        run: Any = run_type(data, backbone, models, options, progress=progress)  # type: ignore[arg-type]
+        # 'evaluate' and 'predict' open the model in the same way.
+        trained = run.fit(out, opened_with={"model": model.model, "pretrained": model.pretrained})
+        summary = run.evaluate(out, trained)
+    show(summary, out, json)
+    return 0
 
 
 def _fit(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from capt.cli.common import Data, DataOptions, Model, ModelOptions, ProgressLine, Spec, check_out
-from capt.cli.fit import show
+from capt.cli.common import Data, DataOptions, Model, ModelOptions, Spec, check_out
+from capt.cli.fit import fit_models
 from capt.methods.compositional.csp import CSPConfig
 from capt.methods.compositional.run import CompositionalOptions, CompositionalRun
 from capt.methods.msci_config import MSCIConfig
-
-if TYPE_CHECKING:
-    from capt.methods.compositional.model import CompositionalConfig
 
 Options = Annotated[CompositionalOptions, tyro.conf.arg(name="")]
 
@@ -48,7 +44,8 @@ def fit_msci(
     """
     # Rows of one table are measured in one way.
     beside = {"csp": replace(csp, profile=config.profile)} if rivals else {}
-    return _fit(data, model, where, out, options, {**beside, "msci": config}, json)
+    models = {**beside, "msci": config}
+    return fit_models(CompositionalRun, where.open_pairs(data), model, check_out(out), options, models, json)
 
 
 def fit_csp(
@@ -72,26 +69,5 @@ def fit_csp(
         config: settings of the method.
         json: print summary.json instead of a table.
     """
-    return _fit(data, model, where, out, options, {"csp": config}, json)
-
-
-def _fit(
-    data: str,
-    model: ModelOptions,
-    where: DataOptions,
-    out: Path,
-    options: CompositionalOptions,
-    models: Mapping[str, CompositionalConfig],
-    json: bool,
-) -> int:
-    check_out(out)
-    data_set = where.open_pairs(data)
-    backbone = model.open()
-    with ProgressLine(quiet=json) as progress:
-        run = CompositionalRun(data_set, backbone, models, options, progress=progress)
-        # 'evaluate' and 'predict' open the model in the same way.
-        opened = {"model": model.model, "pretrained": model.pretrained}
-        trained = run.fit(out, opened_with=opened)
-        summary = run.evaluate(out, trained)
-    show(summary, out, json)
-    return 0
+    models = {"csp": config}
+    return fit_models(CompositionalRun, where.open_pairs(data), model, check_out(out), options, models, json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from capt.cli.common import (
     print_json,
     print_summary,
 )
-from capt.errors import CaptError, DataError
+from capt.errors import CaptError, DamagedFileError, DataError
 from capt.files import read_json
 from capt.report.content import seed_folder
 
@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 World = Literal["closed", "open"]
+Kind = Literal["single-label", "compositional", "multi-label"]
+#: Options that runs of some kinds alone have, by verb.
+_OPTIONS: dict[str, dict[str, tuple[Kind, ...]]] = {
+    "evaluate": {
+        "protocol": ("single-label",),
+        "targets": ("single-label",),
+        "worlds": ("compositional",),
+        "threshold": ("compositional",),
+    },
+    "predict": {
+        "classes": ("single-label",),
+        "world": ("compositional",),
+        "method": ("compositional", "multi-label"),
+        "threshold": ("multi-label",),
+    },
+}
 
 
 def evaluate(
@@ -56,13 +72,19 @@ def evaluate(
         threshold: compositional runs: feasibility below which an unseen pair of the open world is dropped.
         json: print the summary as JSON.
     """
-    if _is_compositional(run):
-        _refuse("evaluate", "a compositional run", protocol=protocol, targets=targets)
+    kind = _kind(_record(run))
+    _refuse("evaluate", kind, protocol=protocol, targets=targets, worlds=worlds, threshold=threshold)
+    if kind == "compositional":
         summary = _evaluate_pairs(run, data, model, where, worlds, threshold, quiet=json)
+    elif kind == "multi-label":
+        from capt.methods.multi_label.run import evaluate as evaluate_labels
+
+        labelled, backbone = where.open_labels(data), model.open(run)
+        with ProgressLine(quiet=json) as progress:
+            summary = evaluate_labels(run, labelled, backbone, progress=progress)
     else:
         from capt.methods import runs
 
-        _refuse("evaluate", "this run, which is not compositional,", worlds=worlds, threshold=threshold)
         data_set, backbone = where.open(data), model.open(run)
         with ProgressLine(quiet=json) as progress:
             others = [where.open(target) for target in targets]
@@ -105,9 +127,10 @@ def predict(
     top: int = 5,
     world: World | None = None,
     method: str | None = None,
+    threshold: float | None = None,
     json: bool = False,
 ) -> int:
-    """Classify images with a finished run; a compositional one names pair, state and object.
+    """Classify images with a finished run: a class; pair, state and object; or any number of labels.
 
     Args:
         run: folder of the run.
@@ -115,32 +138,34 @@ def predict(
         classes: class names to choose from; default: all classes of the run, base and novel.
         seed: which seed's weights; default: the lowest.
         model: which CLIP model the run was made with.
-        top: classes listed for an image; of a compositional run pairs, states and objects each.
+        top: classes listed for an image; of a compositional run pairs, states and objects each; of a multi-label run
+            labels at least, predicted or not.
         world: compositional runs: choose among the pairs of the run's data (closed, the default) or all (open).
-        method: compositional runs: which of the run's models, such as csp; default: its last, MSCI.
+        method: compositional and multi-label runs: which of the run's models, such as csp or linear_bce; default: its
+            last, MSCI or CPRFL.
+        threshold: multi-label runs: least probability of a predicted label, in place of each class's own.
         json: print the predictions as JSON.
     """
-    compositional = _is_compositional(run)
+    record = _record(run)
+    kind = _kind(record)
     if not images:
         raise DataError("no images given: capt predict RUN IMAGE...")
-    if compositional:
-        _refuse("predict", "a compositional run", classes=classes)
-    else:
-        _refuse("predict", "this run, which is not compositional,", world=world, method=method)
+    _refuse("predict", kind, classes=classes, world=world, method=method, threshold=threshold)
     pictures = [open_image(path) for path in images]
     folder = seed_folder(run, seed)
-    if compositional:
+    if kind == "compositional":
         return _predict_pairs(run, folder, images, pictures, model, world or "closed", method, top, json)
+    if kind == "multi-label":
+        return _predict_labels(run, folder, images, pictures, model, method, top, threshold, json)
     from capt.methods.capt import CAPT
 
     if not (folder / "state.json").is_file():
         raise DataError(f"'{folder}': no model of CAPT there; expected a finished run of 'capt fit capt'")
     classifier = CAPT.load(folder, model.open(run))
-    recorded = read_json(run / "run.json")
     # The classes of the data set: both halves of base-to-novel, the trained ones otherwise.
-    known = recorded["classes"].values()
+    known = record["classes"].values()
     names = classes or [
-        n for part in (known if recorded["protocol"] == "base-to-novel" else list(known)[:1]) for n in part
+        n for part in (known if record["protocol"] == "base-to-novel" else list(known)[:1]) for n in part
     ]
     predictions = classifier.predict(pictures, names, top=top)
     if json:
@@ -167,7 +192,7 @@ def _predict_pairs(
     from capt.methods.compositional import prediction
     from capt.methods.compositional.registry import load_model
 
-    name = prediction.method_of_run(read_json(run / "run.json"), method)
+    name = _method(_record(run), method)
     trained = load_model(folder / name, model.open(run))
     seed = int(folder.name.removeprefix("seed-"))
     space = prediction.candidates(run, trained, world, seed=seed, method=name)
@@ -180,6 +205,43 @@ def _predict_pairs(
         print(f"{path}: " + " · ".join(pairs))
         for kind, ranked in (("state", one.states), ("object", one.objects)):
             print(f"    {kind}: " + " · ".join(f"{r.name} {_percent(r.probability)}" for r in ranked))
+    return 0
+
+
+def _predict_labels(
+    run: Path,
+    folder: Path,
+    images: Sequence[Path],
+    pictures: Sequence[Image],
+    model: RunModelOptions,
+    method: str | None,
+    top: int,
+    threshold: float | None,
+    json: bool,
+) -> int:
+    from capt.methods.multi_label import prediction
+    from capt.methods.multi_label.registry import load_model
+    from capt.methods.multi_label.run import options_from_dict, picture_transform
+
+    record = _record(run)
+    trained = load_model(folder / _method(record, method), model.open(run))
+    transform = picture_transform(trained.backbone, options_from_dict(record["options"]).resize)
+    found = prediction.predict(trained, pictures, transform, top=top, threshold=threshold)
+    if json:
+        print_json(
+            [{"image": str(path), "labels": [asdict(label) for label in labels]}
+             for path, labels in zip(images, found, strict=True)]
+        )  # fmt: skip
+        return 0
+    for path, labels in zip(images, found, strict=True):
+        shown = (f"{label.name} {_percent(label.probability)}" for label in labels if label.predicted)
+        print(f"{path}: " + (" · ".join(shown) or "no label"))
+        below = [
+            f"{label.name} {_percent(label.probability)} (of {_percent(label.threshold)})"
+            for label in labels if not label.predicted
+        ]  # fmt: skip
+        if below:
+            print("    below their thresholds: " + " · ".join(below))
     return 0
 
 
@@ -201,39 +263,67 @@ def report(
 
     Args:
         run: folder of the run.
-        data: the data set of the run, for its images; not needed when that was the shipped one.
+        data: the data set of the run, for its images; not needed when that was a shipped one.
         where: where the data set lies.
         out: folder of the report; default: RUN/report.
-        pairs: confusion pairs shown.
-        images: images shown per direction of a pair.
+        pairs: confusions shown.
+        images: images shown of each confusion.
         markdown: print the result table as Markdown and write nothing.
     """
     from capt import report as pages
 
-    compositional = _is_compositional(run)
+    _folder(run)
+    summary = pages.read_summary(run)
     if markdown:
-        print(pages.markdown_table(pages.read_summary(run)))
+        print(pages.markdown_table(summary))
         return 0
-    given = None if data is None else where.open_pairs(data) if compositional else where.open(data)
-    data_set = pages.data_of_run(run, given)
+    opened = {"single-label": where.open, "compositional": where.open_pairs, "multi-label": where.open_labels}
+    data_set = pages.data_of_run(run, None if data is None else opened[_kind(summary)](data))
     print(pages.write_report(run, data=data_set, out=out, n_pairs=pairs, images_per_pair=images))
     return 0
 
 
-def _is_compositional(run: Path) -> bool:
-    """Whether a run is one of (state, object) pairs.
+# ---- runs ----------------------------------------------------------------------------------------------------------
 
-    Raises:
-        DataError: there is no such folder.
-    """
+
+def _folder(run: Path) -> Path:
     if not run.is_dir():
         raise DataError(f"'{run}': no such folder; expected the folder of a run, the --out of 'capt fit'")
-    record = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    return isinstance(record, dict) and record.get("protocol") == "compositional"
+    return run
 
 
-def _refuse(verb: str, what: str, **options: Any) -> None:
+def _record(run: Path) -> dict[str, Any]:
+    """``run.json`` of a run folder.
+
+    Raises:
+        DataError: there is no such folder, or it is not that of a run.
+        DamagedFileError: the file is no record.
+    """
+    file = _folder(run) / "run.json"
+    if not file.is_file():
+        raise DataError(f"'{run}': no run.json there; expected the folder of a run, the --out of 'capt fit'")
+    record = read_json(file)
+    if not isinstance(record, dict):
+        raise DamagedFileError(f"'{file}': not the record of a run; fit it again")
+    return record
+
+
+def _kind(record: Mapping[str, Any]) -> Kind:
+    """What a run is about, by its record or its summary."""
+    protocol = record.get("protocol")
+    return protocol if protocol in ("compositional", "multi-label") else "single-label"
+
+
+def _method(record: Mapping[str, Any], method: str | None) -> str:
+    """Row name of the model that predicts: the one asked for, or the last that the run's record lists."""
+    names = list(record["models"])
+    if method is not None and method not in names:
+        raise DataError(f"--method {method}: the run holds {', '.join(names)}")
+    return method or names[-1]
+
+
+def _refuse(verb: str, kind: Kind, **options: Any) -> None:
     """Raise if an option was given that this kind of run does not have."""
     for name, value in options.items():
-        if value not in (None, ()):
-            raise CaptError(f"--{name}: 'capt {verb}' of {what} does not take it; leave it out")
+        if value not in (None, ()) and kind not in _OPTIONS[verb][name]:
+            raise CaptError(f"--{name}: 'capt {verb}' of a {kind} run does not take it; leave it out")

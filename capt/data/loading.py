@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,18 +25,32 @@ from capt.data.readers.shards import read_shards
 from capt.data.readers.table import TABLES, read_table
 from capt.errors import DataError
 
-_FORMS = (
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of data set: what it is, what opens it and takes it, the names and prefixes of its sets, all its forms."""
+
+    what: str
+    readers: str
+    names: tuple[str, ...]
+    forms: str
+
+
+_SINGLE = _Kind(
+    "data set of one label an image", "load, 'capt fit capt' and its like", ("emoji", "coop:"),
     "'emoji' (the shipped set), a folder with one sub-folder per class, a .csv, .tsv or .jsonl list, "
-    "'coop:<data set>' with root=, or WebDataset shards (a pattern or list of .tar files)"
-)
-_COMPOSITIONAL_FORMS = (
-    "'emoji-pairs' (the shipped set), 'czsl:mit-states', 'czsl:ut-zappos' or 'czsl:cgqa' with root=, "
-    "or a .csv, .tsv or .jsonl list with the columns path, state, object and split"
-)
-_MULTI_LABEL_FORMS = (
-    "'clipart' (the shipped set), 'coco-lt' or 'voc-lt' with root=, "
-    "or a .csv, .tsv or .jsonl list with the columns path, labels and, if you like, split"
-)
+    "'coop:<data set>' with root (--root), or WebDataset shards (a pattern or list of .tar files)",
+)  # fmt: skip
+_COMPOSITIONAL = _Kind(
+    "compositional data set", "load_compositional, 'capt fit msci' and 'capt fit csp'", ("emoji-pairs", "czsl:"),
+    "'emoji-pairs' (the shipped set), 'czsl:mit-states', 'czsl:ut-zappos' or 'czsl:cgqa' with root (--root), "
+    "or a .csv, .tsv or .jsonl list with the columns path, state, object and split",
+)  # fmt: skip
+_MULTI_LABEL = _Kind(
+    "multi-label data set", "load_multi_label and 'capt fit cprfl'", ("clipart", *LAYOUTS),
+    "'clipart' (the shipped set), 'coco-lt' or 'voc-lt' with root (--root), "
+    "or a .csv, .tsv or .jsonl list with the columns path, labels and, if you like, split",
+)  # fmt: skip
 _Read = TypeVar("_Read", DataSet, CompositionalSet, MultiLabelSet)
 
 
@@ -73,19 +88,15 @@ def load(
 
 def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, options: dict[str, Any]) -> DataSet:
     text = str(spec) if isinstance(spec, (str, Path)) else ""
-    if text == "emoji-pairs" or text.startswith("czsl:"):
-        raise DataError(
-            f"'{text}': a compositional data set, for load_compositional, 'capt fit msci' and 'capt fit csp'; here one "
-            f"with classes is needed: {_FORMS}"
-        )
+    _expect(text, _SINGLE)
     if text.startswith("coop:"):
         if root is None:
-            raise DataError(f"'{text}': root is missing; pass the folder that holds the data sets")
+            raise DataError(f"'{text}': root (--root) is missing; give the folder that holds the data sets")
         return _call(read_coop, text, text.removeprefix("coop:"), root=root, **options)
     if text.lower().endswith(TABLES):
         return _call(read_table, text, text, root=root, **options)
     if root is not None:
-        raise DataError(f"root: only 'coop:<data set>' and lists of images take it, found '{text or spec}'")
+        raise DataError(f"root (--root): only 'coop:<data set>' and lists of images take it, found '{text or spec}'")
     if text == "emoji":
         return _call(read_emoji, text, **options)
     if (not text and spec) or ".tar" in text:
@@ -95,7 +106,7 @@ def _read(spec: str | Path | Sequence[str | Path], root: str | Path | None, opti
         return _call(read_shards, text or "shards", patterns, **options)
     if text and Path(text).is_dir():
         return _call(read_folder, text, text, **options)
-    raise DataError(f"'{text}': no such folder or file. A data set is {_FORMS}")
+    raise DataError(f"'{text}': no such folder or file. A data set is {_SINGLE.forms}")
 
 
 def load_compositional(
@@ -117,17 +128,18 @@ def load_compositional(
     if isinstance(spec, CompositionalSet):
         return spec
     text = str(spec)
+    _expect(text, _COMPOSITIONAL)
     if text.lower().endswith(TABLES):
         return _call(read_pair_table, text, text, root=root, **options)
     if text.startswith("czsl:"):
         if root is None:
-            raise DataError(f"'{text}': root is missing; pass the folder that holds the data set")
+            raise DataError(f"'{text}': root (--root) is missing; give the folder that holds the data set")
         return _call(read_czsl, text, text.removeprefix("czsl:"), root=root, **options)
     if root is not None:
-        raise DataError(f"root: only 'czsl:<data set>' and lists of images take it, found '{text}'")
+        raise DataError(f"root (--root): only 'czsl:<data set>' and lists of images take it, found '{text}'")
     if text == "emoji-pairs":
         return _call(read_emoji_pairs, text, **options)
-    raise DataError(f"'{text}': no compositional data set. One is {_COMPOSITIONAL_FORMS}")
+    raise DataError(f"'{text}': no compositional data set. One is {_COMPOSITIONAL.forms}")
 
 
 def load_multi_label(
@@ -160,17 +172,33 @@ def load_multi_label(
 
 
 def _read_multi_label(spec: str, root: str | Path | None, options: dict[str, Any]) -> MultiLabelSet:
+    _expect(spec, _MULTI_LABEL)
     if spec.lower().endswith(TABLES):
         return _call(read_label_table, spec, spec, root=root, **options)
     if spec in LAYOUTS:
         if root is None:
-            raise DataError(f"'{spec}': root is missing; pass the folder that holds the data set")
+            raise DataError(f"'{spec}': root (--root) is missing; give the folder that holds the data set")
         return _call(read_long_tail_lists, spec, spec, root=root, **options)
     if root is not None:
-        raise DataError(f"root: only {', '.join(map(repr, LAYOUTS))} and lists of images take it, found '{spec}'")
+        raise DataError(
+            f"root (--root): only {', '.join(map(repr, LAYOUTS))} and lists of images take it, found '{spec}'"
+        )
     if spec == "clipart":
         return _call(read_clipart, spec, **options)
-    raise DataError(f"'{spec}': no multi-label data set. One is {_MULTI_LABEL_FORMS}")
+    raise DataError(f"'{spec}': no multi-label data set. One is {_MULTI_LABEL.forms}")
+
+
+def _expect(spec: str, kind: _Kind) -> None:
+    """Raise if ``spec`` names a data set of another kind."""
+    if kind is _SINGLE and Path(spec).is_dir():
+        return  # a folder of images, called like a shipped set
+    name = spec.split(":")[0] + ":" if ":" in spec else spec
+    for other in (_SINGLE, _COMPOSITIONAL, _MULTI_LABEL):
+        if other is not kind and name in other.names:
+            raise DataError(
+                f"'{spec}': no {kind.what} but a {other.what}, for {other.readers}; here a {kind.what} is needed: "
+                f"{kind.forms}"
+            )
 
 
 def _call(reader: Callable[..., _Read], spec: str, *arguments: Any, **options: Any) -> _Read:

@@ -53,6 +53,7 @@ from capt.modules.pooling_stages import (
     value_tokens,
 )
 from capt.modules.pooling_sweep import PoolingSweep
+from capt.modules.prompt_initialiser import PromptInitialiser
 from capt.modules.redistributed_pooling import redistributed
 from capt.modules.redistributed_row import attention_prior, mixed_values, redistributed_rows
 from capt.modules.redistribution import (
@@ -71,6 +72,7 @@ from capt.modules.semantic_evidence import SemanticEvidence
 from capt.modules.sparse_concepts import SparseConcepts, nonnegative_lasso
 from capt.modules.stage_interaction import StageFusion, StageInteraction
 from capt.modules.text_span import TextSpan, text_span
+from capt.modules.visual_semantic_interaction import VisualSemanticInteraction
 
 __all__ = [
     "AsymmetricLoss",
@@ -96,6 +98,7 @@ __all__ = [
     "PoolingStages",
     "PoolingSweep",
     "PriorCancellation",
+    "PromptInitialiser",
     "RadialBias",
     "Redistribution",
     "RegionBoost",
@@ -112,6 +115,7 @@ __all__ = [
     "Temperature",
     "TextSpan",
     "UniformMixture",
+    "VisualSemanticInteraction",
     "attention_map",
     "attention_prior",
     "attention_rollout",

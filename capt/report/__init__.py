@@ -10,15 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capt.errors import MissingDependencyError
+from capt.errors import CaptError, MissingDependencyError
 from capt.files import write_bytes, write_json
-from capt.report import compositional, content
+from capt.report import compositional, content, multi_label
 from capt.report.content import AnyData, data_of_run
 from capt.report.summary import markdown_table, read_summary, table_rows, verdict
 
 __all__ = ["data_of_run", "markdown_table", "read_summary", "table_rows", "verdict", "write_report"]
 
 _HERE = Path(__file__).parent
+#: By protocol of the run, what gathers its report, and the page; every other protocol has those of ``content``.
+_KINDS: dict[Any, tuple[Any, str]] = {
+    "compositional": (compositional, "compositional.html"),
+    "multi-label": (multi_label, "multi_label.html"),
+}
 
 
 def write_report(
@@ -30,14 +35,14 @@ def write_report(
     images_per_pair: int = 8,
 ) -> Path:
     """Write ``index.html``, ``data.json``, ``summary.csv``, ``confusions.csv`` and ``thumbs/``; of a compositional run
-    also ``pairs.csv``.
+    also ``pairs.csv``, of a multi-label run ``classes.csv``.
 
     Args:
         run: folder of a finished run (``summary.json`` in it).
         data: the data set of the run; needed for the pictures of misclassified images.
         out: folder of the report, default ``<run>/report``.
-        n_pairs: confusion pairs shown at most.
-        images_per_pair: images per direction of a pair at most.
+        n_pairs: confusions shown at most.
+        images_per_pair: images of each (of CAPT: for each direction of a pair) at most.
 
     Returns:
         Path of ``index.html``.
@@ -46,23 +51,26 @@ def write_report(
         DataError: no finished run there.
         DamagedFileError: a file of the run is not what was written.
         MissingDependencyError: jinja2 is not installed.
+        CaptError: a number is negative.
     """
+    for name, count in (("n_pairs (--pairs)", n_pairs), ("images_per_pair (--images)", images_per_pair)):
+        if count < 0:
+            raise CaptError(f"{name}: expected 0 or more, found {count}")
     try:
         import jinja2
     except ImportError as error:
         raise MissingDependencyError("jinja2", "the HTML report", "report") from error
     run = Path(run)
     folder = Path(out) if out is not None else run / "report"
-    of_pairs = read_summary(run).get("protocol") == "compositional"
-    gather: Any = compositional.gather if of_pairs else content.gather
-    shown = gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
+    kind, template = _KINDS.get(read_summary(run).get("protocol"), (content, "page.html"))
+    shown = kind.gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     # The page may load nothing but its own thumbnails and this one style sheet, whatever the data contain.
     style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.get_template("compositional.html" if of_pairs else "page.html")
+    page = environment.get_template(template)
     html = page.render(style=style, style_hash=style_hash, **shown)
     write_json(folder / "data.json", shown)
     _write_csv(
@@ -76,15 +84,8 @@ def write_report(
         ["true", "predicted", *methods],
         ([c["true"], c["predicted"], *(c["counts"].get(m, "") for m in methods)] for c in shown["confusions"]),
     )
-    if of_pairs:
-        _write_csv(
-            folder / "pairs.csv",
-            ["state", "object", "seen", "images", *(f"right: {method}" for method in methods)],
-            (
-                [pair["state"], pair["object"], int(pair["seen"]), pair["images"], *pair["right"].values()]
-                for pair in shown["pairs"]
-            ),
-        )
+    for name, (header, rows) in kind.tables(shown).items():
+        _write_csv(folder / name, header, rows)
     index = folder / "index.html"
     write_bytes(index, html.encode("utf-8", "replace"))
     return index

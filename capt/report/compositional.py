@@ -14,7 +14,7 @@ from torch import Tensor
 from capt.errors import DamagedFileError, DataError
 from capt.evaluation import SeenUnseenCurve
 from capt.files import load_tensors, read_json
-from capt.report.content import ImageFinder, flatten, results
+from capt.report.content import NO_IMAGES, add_images, flatten, results
 from capt.report.summary import WORLDS, main_method, method_name, metrics_of, read_summary
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def gather(
     main = outcomes[worlds[0]]
     pairs = pair_accuracies(main, names)
     confusions = _confusions(main, main_method(summary), names, n_pairs)
-    _add_images(confusions, data, images_per_pair, thumbs)
+    add_images(confusions, None if data is None else data.test, images_per_pair, thumbs)
     return {
         **results(summary),
         "world": worlds[0],
@@ -110,11 +110,20 @@ def gather(
         "pairs": pairs,
         "grid": grid_figure(pairs, main_method(summary), len(seeds)),
         "confusions": confusions,
-        "notice": "" if data is not None else
-        "No images: the data set of this run was not found (give it with --data).",
+        "notice": "" if data is not None else NO_IMAGES,
         "record": flatten(record),
         "summary": summary,
     }  # fmt: skip
+
+
+def tables(shown: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Header and rows of the files that only this kind of report has."""
+    header = ["state", "object", "seen", "images", *(f"right: {method['key']}" for method in shown["methods"])]
+    rows = [
+        [pair["state"], pair["object"], int(pair["seen"]), pair["images"], *pair["right"].values()]
+        for pair in shown["pairs"]
+    ]
+    return {"pairs.csv": (header, rows)}
 
 
 def _names(run: Path, summary: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -305,16 +314,3 @@ def _exchanged(outcome: Outcome) -> Counter[tuple[tuple[int, int], tuple[int, in
 
 def _pair_name(pair: tuple[int, int], names: tuple[Sequence[str], Sequence[str]]) -> str:
     return "no candidate" if -1 in pair else f"{names[0][pair[0]]} {names[1][pair[1]]}"
-
-
-def _add_images(
-    confusions: Sequence[dict[str, Any]], data: CompositionalSet | None, images_per_pair: int, thumbs: Path
-) -> None:
-    """Replace the positions of confused test images by their names and thumbnails."""
-    finder = None if data is None else ImageFinder(data.test, thumbs)
-    for entry in confusions:
-        positions = entry.pop("positions")
-        entry["images"] = [] if data is None or finder is None else [
-            {"name": data.test.names[position], "thumbnail": finder.thumbnail(int(data.test.ids[position]))}
-            for position in positions[:images_per_pair]
-        ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,9 +22,11 @@ from capt.report.summary import (
 
 if TYPE_CHECKING:
     from capt.bank import ConfusionBank
-    from capt.data import CompositionalSet, DataSet, ImageSet
+    from capt.data import CompositionalSet, DataSet, MultiLabelSet
+    from capt.data.image_set import Images
 
-AnyData: TypeAlias = "DataSet | CompositionalSet"
+AnyData: TypeAlias = "DataSet | CompositionalSet | MultiLabelSet"
+NO_IMAGES = "No images: the data set of this run was not found (give it with --data)."
 THUMBNAIL = 160  # pixels, longer side
 
 
@@ -52,6 +54,11 @@ def gather(run: Path, data: DataSet | None, *, n_pairs: int, images_per_pair: in
         "record": flatten(record),
         "summary": summary,
     }
+
+
+def tables(shown: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Header and rows of the files that only this kind of report has: none."""
+    return {}
 
 
 def results(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def _pairs(
     for (label, prediction), rows in cells.items():
         pair = (min(label, prediction), max(label, prediction))
         together[pair] = together.get(pair, 0) + len(rows)
-    notice = "" if data is not None else "No images: the data set of this run was not found (give it with --data)."
+    notice = "" if data is not None else NO_IMAGES
     finder = ImageFinder(data.train, thumbs) if data is not None else None
     cards = []
     for first, second in sorted(together, key=lambda pair: (-together[pair], pair))[:n_pairs]:
@@ -199,9 +206,9 @@ def _add_counts(pairs: list[dict[str, Any]], confusions: list[dict[str, Any]]) -
 
 
 class ImageFinder:
-    """Finds training images by sample id and writes small copies of them."""
+    """Finds images by sample id and writes small copies of them."""
 
-    def __init__(self, images: ImageSet, folder: Path) -> None:
+    def __init__(self, images: Images, folder: Path) -> None:
         self._images, self._folder = images, folder
         self._position = {int(sample_id): index for index, sample_id in enumerate(images.ids)}
 
@@ -223,6 +230,17 @@ class ImageFinder:
         return name
 
 
+def add_images(entries: Sequence[dict[str, Any]], images: Images | None, limit: int, thumbs: Path) -> None:
+    """Replace ``positions`` of images by names and thumbnails of the first ``limit``; by none without the images."""
+    finder = None if images is None else ImageFinder(images, thumbs)
+    for entry in entries:
+        positions = entry.pop("positions")
+        entry["images"] = [] if images is None or finder is None else [
+            {"name": images.names[position], "thumbnail": finder.thumbnail(int(images.ids[position]))}
+            for position in positions[:limit]
+        ]  # fmt: skip
+
+
 def data_of_run(run: Path, data: AnyData | None = None) -> AnyData | None:
     """The data set for a run's pictures: the one given, checked against the record, or the shipped one.
 
@@ -230,19 +248,34 @@ def data_of_run(run: Path, data: AnyData | None = None) -> AnyData | None:
         DataError: the data set is not the one that the run was made on.
     """
     try:
-        record = read_json(run / "run.json")["data"]
+        of_run = read_json(run / "run.json")
+        record = of_run["data"]
     except (DataError, KeyError, TypeError):
         return data
     if data is None:
-        from capt.data import load, load_compositional
+        from capt.data import load, load_compositional, load_multi_label
 
-        if record.get("name") not in ("emoji", "emoji-pairs"):
+        shipped: dict[str, Callable[[str], AnyData]] = {
+            "emoji": load, "emoji-pairs": load_compositional, "clipart": load_multi_label
+        }  # fmt: skip
+        if record.get("name") not in shipped:
             return None
-        data = load("emoji") if record["name"] == "emoji" else load_compositional("emoji-pairs")
+        data = shipped[record["name"]](record["name"])
+    data = _as_trained(data, of_run)
     found, expected = data.fingerprint(), record.get("fingerprint")
     if expected is not None and found != expected:
         raise DataError(
             f"data set '{data.name}': fingerprint {found[:12]}, but the run in '{run}' was made on "
             f"'{record.get('name')}' with fingerprint {expected[:12]}: give the data set of the run"
         )
+    return data
+
+
+def _as_trained(data: AnyData, record: Mapping[str, Any]) -> AnyData:
+    """The data set with the validation images that a multi-label run held out, where it has none."""
+    from capt.data import MultiLabelSet
+
+    fraction = record.get("options", {}).get("val_fraction")
+    if isinstance(data, MultiLabelSet) and data.val is None and fraction is not None:
+        return data.hold_out(fraction)
     return data

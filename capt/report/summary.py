@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capt.errors import DamagedFileError, DataError
+from capt.evaluation.multi_label import GROUPS
 from capt.evaluation.protocols import METRICS
 from capt.files import read_json
 
@@ -31,6 +32,9 @@ METHOD_NAMES = {
     "msci_no_high": "MSCI without the high-level stage",
     "msci_no_stages": "MSCI without both",
     "msci_dynamic": "MSCI, dynamic fusion",
+    "linear_bce": "Linear (BCE)",
+    "linear_asl": "Linear (ASL)",
+    "cprfl": "CPRFL",
 }
 WORLDS = ("closed", "open")
 _ON_CURVE = {
@@ -41,6 +45,8 @@ _ON_CURVE = {
 }
 METRIC_NAMES = {
     **{f"{world}_{key}": f"{world.capitalize()} {name}" for world in WORLDS for key, (name, _) in _ON_CURVE.items()},
+    "map": "mAP",
+    **{f"map_{group}": f"mAP {group}" for group in GROUPS},
     "base": "Base",
     "novel": "Novel",
     "hm": "HM",
@@ -54,6 +60,10 @@ METRIC_NAMES = {
 }
 METRIC_HELP = {
     **{f"{world}_{key}": f"{world} world: {text}" for world in WORLDS for key, (_, text) in _ON_CURVE.items()},
+    "map": "mean over all classes of the average precision, with which a class ranks the test images",
+    "map_head": "mean average precision of the classes with many training images",
+    "map_medium": "mean average precision of the classes between head and tail",
+    "map_tail": "mean average precision of the classes with few training images",
     "base": "accuracy on test images of the classes trained on",
     "novel": "accuracy on test images of classes never trained on",
     "hm": "harmonic mean of base and novel",
@@ -197,16 +207,20 @@ _SENTENCES = {
     "closed_auc": "Closed world, area under the seen-unseen curve",
     "open_best_hm": "Open world, best harmonic mean of seen and unseen",
     "open_auc": "Open world, area under the seen-unseen curve",
+    "map": "Mean average precision over all classes",
+    "map_tail": "Mean average precision over the classes that are rare in training",
 }
 _RIVALS = {"linear_adapter": "an ordinary linear adapter", "plain_adapter": "a plain adapter with as many parameters",
            "tip_adapter": "a cache of the training features (Tip-Adapter)"}  # fmt: skip
+#: By protocol, what the method of a run is compared with beside zero-shot, metric by metric.
+_COMPARED = {"compositional": ("csp",), "multi-label": ("linear_bce", "linear_asl")}
 
 
 def main_method(summary: Mapping[str, Any]) -> str:
     """Key of the method that a run is about."""
     methods = list(summary["methods"])
     # An ablation is judged by its full method, a base model alone by itself.
-    return next((name for name in ("capt", "full", "msci") if name in methods), methods[-1])
+    return next((name for name in ("capt", "full", "msci", "cprfl") if name in methods), methods[-1])
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
@@ -217,8 +231,9 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     name, mean = method_name(ours), methods[ours]["mean"]
     shown = [metric for metric in metrics_of(summary) if metric in _SENTENCES]
     sentences = [f"{_SENTENCES[m]}: {name} {_compare(summary, m, REFERENCE, ours)}." for m in shown]
-    if summary.get("protocol") == "compositional":
-        return sentences + _against_csp(summary, ours)
+    if (protocol := summary.get("protocol")) in _COMPARED:
+        others = [other for other in _COMPARED[protocol] if other in methods and other != ours]
+        return sentences + [_beats(summary, metric, other, ours) for other in others for metric in shown]
     sentences.append(
         f"Of the zero-shot mistakes on the test images of trained classes {name} corrects "
         f"{100 * mean['sample_correction_rate']:.1f} %; of what zero-shot had right it breaks "
@@ -240,17 +255,13 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     return sentences + _expected(summary)
 
 
-def _against_csp(summary: Mapping[str, Any], ours: str) -> list[str]:
-    """Whether the method of a compositional run beats the soft prompts that it extends."""
-    if "csp" not in summary["methods"] or ours == "csp":
-        return []
-    sentences = []
-    for metric in (metric for metric in metrics_of(summary) if metric in _SENTENCES):
-        difference = summary["methods"][ours]["mean"][metric] - summary["methods"]["csp"]["mean"][metric]
-        word = "beats" if difference > 0 else "does not beat"
-        shown = f"{method_name(ours)} {word} CSP in {metric_name(metric)[0].lower()}{metric_name(metric)[1:]}"
-        sentences.append(f"{shown}: {_compare(summary, metric, 'csp', ours)}.")
-    return sentences
+def _beats(summary: Mapping[str, Any], metric: str, rival: str, ours: str) -> str:
+    """Whether the method of a run beats a rival in one metric."""
+    difference = summary["methods"][ours]["mean"][metric] - summary["methods"][rival]["mean"][metric]
+    word = "beats" if difference > 0 else "does not beat"
+    name = metric_name(metric)[0].lower() + metric_name(metric)[1:]
+    compared = _compare(summary, metric, rival, ours)
+    return f"{method_name(ours)} {word} {method_name(rival)} in {name}: {compared}."
 
 
 def _expected(summary: Mapping[str, Any]) -> list[str]:

@@ -99,13 +99,13 @@ def read_czsl(
 
 
 def read_pair_file(path: Path) -> list[Pair]:
-    """The pairs of ``{train,val,test}_pairs.txt``, "state object" a line, in their order.
+    """The pairs of ``{train,val,test}_pairs.txt``, "state object" a line, in their order; blank last lines are fine.
 
     Raises:
         DataError: no such file; a line that is not two words; not UTF-8.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").rstrip().splitlines()
     except OSError as error:
         raise DataError(f"'{path}': cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -111,7 +111,7 @@ def read_rows(
     if missing:
         raise DataError(
             f"'{file}', line {missing[0].line}: no file {missing[0].path!r} in '{folder}' ({len(missing)} of "
-            f"{len(rows)} rows have none); correct the paths or pass root="
+            f"{len(rows)} rows have none); correct the paths or give root (--root)"
         )
     return rows
 
@@ -145,7 +145,7 @@ def _csv_rows(text: str, file: Path, columns: Sequence[str], separator: str) -> 
     header: list[str] | None = None
     try:
         for fields in reader:
-            if not fields:
+            if not any(field.strip() for field in fields):
                 continue
             if header is None:
                 header = _header([field.strip().lower() for field in fields], file, columns)

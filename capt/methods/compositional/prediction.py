@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -48,18 +49,6 @@ class PairPrediction:
     objects: tuple[RankedName, ...]
 
 
-def method_of_run(record: dict[str, Any], method: str | None = None) -> str:
-    """Row name of the model that predicts: the one asked for, or the last that the run's record lists.
-
-    Raises:
-        DataError: the run has no such model.
-    """
-    names = list(record["models"])
-    if method is not None and method not in names:
-        raise DataError(f"method '{method}': the run holds {', '.join(names)}")
-    return method or names[-1]
-
-
 def candidates(run: str | Path, model: CompositionalModel, world: World, *, seed: int, method: str) -> PairSpace:
     """Candidate pairs of a run's model.
 
@@ -85,8 +74,13 @@ def candidates(run: str | Path, model: CompositionalModel, world: World, *, seed
 
 
 def _threshold(run: Path, seed: int, method: str) -> float | None:
-    """The feasibility threshold that the run's evaluation used; None if it used none or was not finished."""
+    """The feasibility threshold that the run's evaluation used; None if it used none or, which is said, is missing."""
     if not (run / "summary.json").is_file():
+        warnings.warn(
+            f"'{run}': the run is not finished (no summary.json), so its feasibility threshold is unknown; all pairs "
+            "of the open world are candidates, infeasible ones too",
+            stacklevel=3,
+        )
         return None
     value = read_json(run / "summary.json")["methods"][method]["per_seed"][str(seed)].get("open_threshold")
     return None if value is None else float(value)

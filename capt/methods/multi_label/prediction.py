@@ -29,8 +29,9 @@ class Label:
 
 @torch.no_grad()
 def predict(
-    model: MultiLabelModel, images: Sequence[Image], transform: Callable[..., Tensor], *, top: int = 5
-) -> list[tuple[Label, ...]]:
+    model: MultiLabelModel, images: Sequence[Image], transform: Callable[..., Tensor], *, top: int = 5,
+    threshold: float | None = None,
+) -> list[tuple[Label, ...]]:  # fmt: skip
     """Labels of PIL images: all that reach the threshold of their class, and at least ``top`` (or all there are).
 
     Most probable first; equal ones in the order of the classes.
@@ -38,14 +39,19 @@ def predict(
     Args:
         model: in evaluation mode; its thresholds come from validation images.
         transform: PIL image to float [3, H, W], that of the run (:func:`~.run.picture_transform`).
+        threshold: one probability for all classes in place of their own thresholds.
 
     Raises:
-        CaptError: ``top`` is below 1.
+        CaptError: ``top`` is below 1, or ``threshold`` no probability.
     """
     if top < 1:
         raise CaptError(f"top: expected at least 1, found {top}")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise CaptError(f"threshold: expected a probability from 0 to 1, found {threshold}")
     found: list[tuple[Label, ...]] = []
     thresholds = model.thresholds.cpu()
+    if threshold is not None:
+        thresholds = torch.full_like(thresholds, float(torch.tensor(threshold).logit()))
     for start in range(0, len(images), IMAGES):
         pixels = torch.stack([transform(image) for image in images[start : start + IMAGES]])
         logits = model.logits(model.inputs(pixels.to(model.backbone.device))).float().cpu()
