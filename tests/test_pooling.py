@@ -91,3 +91,12 @@ def test_the_global_random_state_is_left_alone() -> None:
     torch.manual_seed(3)
     tower.pooling()
     assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("name, kind", [("embedded-vit", "class token"), ("embedded", "average")])
+def test_the_shipped_models_are_taken_apart(name: str, kind: str) -> None:
+    backbone = capt.load(name)
+    pooling, images = backbone.tower.pooling(), pictures(backbone, 2)
+    inputs = pooling.inputs(images)
+    assert pooling.kind == kind
+    assert relative(pooling.pool(pooling.weights(inputs), inputs), backbone.image_features(images)) < 2e-6

@@ -30,6 +30,7 @@ from capt.modules import (
 )
 from capt.modules.key_groups import KeyGroups
 from capt.modules.layer_maps import layer_tap
+from capt.modules.prompts import PromptedTower
 from tests.pooled_towers import KINDS, SOME, pictures, relative, wrapped
 
 GRID = (4, 4)
@@ -157,6 +158,14 @@ def test_the_mean_radius_rises_with_the_bias_at_the_speed_of_its_variance() -> N
     torch.testing.assert_close(slope, variance, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_prefix_that_takes_everything_is_left_alone(name: str) -> None:
+    s = scores().float()
+    s[..., 0] += 300.0  # the patches' weights are 0 in single precision
+    new = row(RULES[name], s)
+    assert torch.isfinite(new).all() and (new[..., 0] == 1).all()
+
+
 def test_only_chosen_heads_change() -> None:
     s = scores()
     new, old = row(RadialBias(1.0, heads=(1,)), s), s.softmax(-1)
@@ -173,7 +182,7 @@ def test_sinks_are_groups_of_their_own() -> None:
     tokens[0, 1 + 2] *= 5  # off centre
     tokens[1, 1 + 5] *= 5  # in the centre
     of = CenterGroups(sinks=True).of(GRID, N + 1, tokens)
-    assert of.index.shape == (2, N + 1) and of.counts().tolist() == [[1, 4, 11, 0, 1], [1, 3, 12, 1, 0]]
+    assert of.labels.shape == (2, N + 1) and of.counts().tolist() == [[1, 4, 11, 0, 1], [1, 3, 12, 1, 0]]
     s = scores()
     new = row(MassTransfer(1.0, ("center sink", "off sink"), ("off",)), s, of)
     assert new[0, :, 3].max() == 0 and new[1, :, 6].max() == 0
@@ -324,6 +333,28 @@ def test_methods_that_read_layers_take_a_redistributed_tower(name: str) -> None:
         maps.append(tap(tap.inputs(images)))
     assert not torch.equal(maps[0].feature, maps[1].feature)
     assert maps[0].low is not None and maps[1].low is not None and torch.equal(maps[0].low, maps[1].low)
+
+
+def test_learned_tokens_are_prefix_for_a_rule() -> None:
+    backbone, rule = wrapped("open_clip ViT, class token"), MassTransfer(1.0)
+    images = pictures(backbone)
+    torch.manual_seed(0)
+    plain, changed = (PromptedTower(b.tower, n_ctx=2, depth=3) for b in (backbone, redistributed(backbone, rule)))
+    with torch.no_grad():
+        plain.prompts.mul_(30)
+        changed.prompts.copy_(plain.prompts)
+        tokens = plain.advance(plain.embed(images), stop=2)
+        seen = plain.prompted(plain.stripped(tokens), 2)  # [class, 2 learned, 16 patches]
+        parts = backbone.tower.blocks[-1].attention()
+        y = parts.before(seen)
+        s = torch.einsum("bhc,blhc->bhl", parts.queries(y[:, 0]), parts.keys(y)) * parts.scale
+        of = CenterGroups().of(GRID, 19, seen)
+        weights = redistributed_rows(s, [rule], of, GRID)[0]
+        x = seen[:, 0] + parts.merge(torch.einsum("bhl,blhc->bhc", weights, parts.values(y)))
+        expected = backbone.tower.project(backbone.tower.blocks[-1].feed_forward(x)[:, None])
+        found = changed.project(changed.run(images))
+    assert of.counts().tolist() == [3, 4, 12]
+    assert relative(found, expected) < 1e-12 < relative(found, plain.project(plain.run(images)))
 
 
 def test_bfloat16_towers_can_be_redistributed() -> None:

@@ -69,7 +69,8 @@ class AttentionParts:
     gain: Tensor | None = None
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1))
+        split: Tensor = x.unflatten(-1, (self.n_heads, -1))
+        return split
 
     def queries(self, y: Tensor) -> Tensor:
         """[..., D] to [..., H, dh]."""
@@ -93,7 +94,7 @@ class AttentionParts:
     def head_maps(self) -> Tensor:
         """Output map of each head, [H, D, dh]: gains included, norms behind the heads left out."""
         maps = self.out.weight if self.gain is None else self.gain[:, None] * self.out.weight
-        maps = maps.unflatten(1, (self.n_heads, -1)).movedim(1, 0)
+        maps = maps.reshape(len(maps), self.n_heads, -1).movedim(1, 0)
         return maps if self.head_gain is None else self.head_gain[:, None, None] * maps
 
     def attend(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -110,15 +111,15 @@ def torch_attention(layer: Any, **parts: Any) -> AttentionParts:
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     else:
         weights = layer.in_proj_weight.chunk(3)
-    return AttentionParts(
-        layer.num_heads, *stacked(weights, layer.in_proj_bias), Affine.of(layer.out_proj), layer.head_dim**-0.5, **parts
-    )
+    query, key, value = stacked(weights, layer.in_proj_bias)
+    out = Affine.of(layer.out_proj)
+    return AttentionParts(layer.num_heads, query, key, value, out, layer.head_dim**-0.5, **parts)
 
 
 def separate_attention(layer: Any, **parts: Any) -> AttentionParts:
     """An attention of transformers, with a linear layer each for queries, keys and values."""
-    maps = (Affine.of(m) for m in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj))
-    return AttentionParts(layer.num_heads, *maps, layer.scale, **parts)
+    query, key, value, out = (Affine.of(m) for m in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj))
+    return AttentionParts(layer.num_heads, query, key, value, out, layer.scale, **parts)
 
 
 def stacked(weights: tuple[Tensor, ...], bias: Tensor | None) -> list[Affine]:

@@ -127,7 +127,8 @@ class Pooling:
     def head(self, row: Tensor) -> Tensor:
         """Final norm and projection of rows [..., D], [..., d]."""
         flat = row.flatten(0, -2)
-        return self.projection(flat if self.norm is None else self.norm(flat)).unflatten(0, row.shape[:-1])
+        features: Tensor = self.projection(flat if self.norm is None else self.norm(flat))
+        return features.view(*row.shape[:-1], -1)
 
     def features(self, mixed: Tensor, inputs: Tensor) -> Tensor:
         """Mixed values [..., B, H, dh] and inputs [B, L', D] to un-normalised features [..., B, d]."""

@@ -66,14 +66,15 @@ class ResidualBlock(TokenBlock):
     def attention(self) -> AttentionParts:
         """The attention taken apart."""
         block, attn = self.block, self.block.attn
-        around = {"before": block.ln_1, "gain": getattr(block.ls_1, "gamma", None)}
+        around: dict[str, Any] = {"before": block.ln_1, "gain": getattr(block.ls_1, "gamma", None)}
         if not self.custom:
             return torch_attention(attn, **around)
         if attn.scaled_cosine:
             raise unsupported("its blocks have scaled cosine attention")
+        query, key, value = stacked(attn.in_proj_weight.chunk(3), attn.in_proj_bias)
         return AttentionParts(
-            attn.num_heads, *stacked(attn.in_proj_weight.chunk(3), attn.in_proj_bias), Affine.of(attn.out_proj),
-            attn.scale, query_norm=attn.ln_q, key_norm=attn.ln_k, inner=attn.ln_inner, after=block.ln_attn,
+            attn.num_heads, query, key, value, Affine.of(attn.out_proj), attn.scale, query_norm=attn.ln_q,
+            key_norm=attn.ln_k, inner=attn.ln_inner, after=block.ln_attn,
             head_gain=None if attn.head_scale is None else attn.head_scale.flatten(), **around,
         )  # fmt: skip
 
@@ -204,8 +205,9 @@ class OpenClipResNet(FeatureMapTower):
             return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + pool.positional_embedding.to(tokens.dtype)
 
         width = pool.q_proj.out_features // pool.num_heads
-        maps = (Affine.of(m) for m in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
-        return Pooling("attention", self, 0, prepare, AttentionParts(pool.num_heads, *maps, width**-0.5))
+        query, key, value, out = (Affine.of(m) for m in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
+        parts = AttentionParts(pool.num_heads, query, key, value, out, width**-0.5)
+        return Pooling("attention", self, 0, prepare, parts)
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Values of the attention pool, projected: what it gives if all weight lies on one token. [B, L, d]."""

@@ -61,10 +61,11 @@ class TimmBlock(TokenBlock):
         block, attn = self.block, self.block.attn
         if type(attn).__name__ != "Attention" or getattr(attn, "gate", None) is not None:
             raise unsupported(f"its blocks have a gated or unusual attention ({type(attn).__name__})")
-        around = {"after": block.norm1} if self.post_norm else {"before": block.norm1}
+        around: dict[str, Any] = {"after": block.norm1} if self.post_norm else {"before": block.norm1}
+        query, key, value = stacked(attn.qkv.weight.chunk(3), attn.qkv.bias)
         return AttentionParts(
-            attn.num_heads, *stacked(attn.qkv.weight.chunk(3), attn.qkv.bias), Affine.of(attn.proj), attn.scale,
-            query_norm=attn.q_norm, key_norm=attn.k_norm, inner=getattr(attn, "norm", nn.Identity()),
+            attn.num_heads, query, key, value, Affine.of(attn.proj), attn.scale, query_norm=attn.q_norm,
+            key_norm=attn.k_norm, inner=getattr(attn, "norm", nn.Identity()),
             gain=None if self.post_norm else getattr(block.ls1, "gamma", None), **around,
         )  # fmt: skip
 
@@ -127,10 +128,11 @@ class TimmViT(TokenTower):
         trunk, pool = self.visual.trunk, self.visual.trunk.attn_pool
         if type(pool).__name__ != "AttentionPoolLatent" or (pool.latent_len > 1 and pool.pool != "token"):
             raise unsupported(f"its tokens are pooled by {type(pool).__name__} with several queries")
+        query = Affine.of(pool.q) if isinstance(pool.q, nn.Linear) else None
+        key, value = stacked(pool.kv.weight.chunk(2), pool.kv.bias)
         parts = AttentionParts(
-            pool.num_heads, Affine.of(pool.q) if isinstance(pool.q, nn.Linear) else None,
-            *stacked(pool.kv.weight.chunk(2), pool.kv.bias), Affine.of(pool.proj), pool.scale,
-            query_norm=pool.q_norm, key_norm=pool.k_norm,
+            pool.num_heads, query, key, value, Affine.of(pool.proj), pool.scale, query_norm=pool.q_norm,
+            key_norm=pool.k_norm,
         )  # fmt: skip
 
         def prepare(tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,8 @@ def object_gain(rows: Tensor, objects: Tensor) -> Tensor:
 
 def entropy(rows: Tensor) -> Tensor:
     """Entropy of rows [..., N] over that of an even row, [...]."""
-    return -torch.special.xlogy(rows, rows).sum(-1) / torch.tensor(float(rows.shape[-1])).log().to(rows)
+    found: Tensor = -torch.special.xlogy(rows, rows).sum(-1) / math.log(rows.shape[-1])
+    return found
 
 
 def position_share(rows: Tensor) -> Tensor:
@@ -120,7 +122,8 @@ def position_share(rows: Tensor) -> Tensor:
 
 
 def _center(rows: Tensor, grid: tuple[int, int], radius: float) -> Tensor:
-    return patch_positions(grid, rows.device).square_radius <= radius + 1e-6
+    center: Tensor = patch_positions(grid, rows.device).square_radius <= radius + 1e-6
+    return center
 
 
 def _row(

@@ -152,15 +152,13 @@ def direct_effects(pooling: Pooling, images: Tensor) -> DirectEffects:
     Raises:
         CaptError: a projection or a norm that is not linear once it is frozen.
     """
-    if pooling.kind == "class token":
-        start, layers, row = _through_blocks(pooling, images)
-    else:
-        start, layers, row = _last_only(pooling, pooling.inputs(images))
+    through = _through_blocks if pooling.kind == "class token" else _last_only
+    start, layers, row = through(pooling, images)
     into, constant, level = _frozen_tail(pooling, row)
     return DirectEffects(tuple(layers), start, into, constant, row, level)
 
 
-def _through_blocks(pooling: Pooling, images: Tensor) -> tuple[Tensor, list[RowLayer], Tensor]:
+def _through_blocks(pooling: Pooling, images: Tensor) -> tuple[Tensor | None, list[RowLayer], Tensor]:
     x = pooling.tower.embed(images)
     start, layers = x[:, 0], []
     for block in pooling.tower.blocks:
@@ -173,7 +171,8 @@ def _through_blocks(pooling: Pooling, images: Tensor) -> tuple[Tensor, list[RowL
     return start, layers, x[:, 0]
 
 
-def _last_only(pooling: Pooling, inputs: Tensor) -> tuple[Tensor | None, list[RowLayer], Tensor]:
+def _last_only(pooling: Pooling, images: Tensor) -> tuple[Tensor | None, list[RowLayer], Tensor]:
+    inputs = pooling.inputs(images)
     weights, values = pooling.weights(inputs), pooling.values(inputs)
     row = pooling.row(torch.einsum("bhl,blhc->bhc", weights, values), inputs)
     fed = row if pooling.feed_forward is None else pooling.feed_forward(row)

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from capt.errors import CaptError
 
 SINK_NORM = 4.0
+CENTER_NAMES: tuple[str, ...] = ("prefix", "center", "off")
 
 
 class PatchPositions(NamedTuple):
@@ -36,21 +38,21 @@ def patch_positions(grid: tuple[int, int], device: torch.device | str | None = N
 class KeyGroups(NamedTuple):
     """Each key in one group.
 
-    index: int64 [L], or [B, L] where the images differ. names: of the groups; the first is the prefix, whose keys are
-    no patches.
+    labels: int64 [L], or [B, L] where the images differ: the group of each key. names: of the groups; the first is the
+    prefix, whose keys are no patches.
     """
 
-    index: Tensor
+    labels: Tensor
     names: tuple[str, ...]
 
     def starting_with(self, *words: str) -> Tensor:
         """bool [G]: groups whose name starts with one of the words."""
         chosen = [any(name.startswith(word) for word in words) for name in self.names]
-        return torch.tensor(chosen, device=self.index.device)
+        return torch.tensor(chosen, device=self.labels.device)
 
     def counts(self) -> Tensor:
         """Keys of each group, int64 [G] or [B, G]."""
-        return torch.nn.functional.one_hot(self.index, len(self.names)).sum(-2)
+        return F.one_hot(self.labels, len(self.names)).sum(-2)
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class CenterGroups:
     def of(self, grid: tuple[int, int], n_keys: int, tokens: Tensor) -> KeyGroups:
         """Groups of the last H*W of ``n_keys`` keys; ``tokens`` [B, L', D], whose last H*W are the patches."""
         off = (~self.center(grid, tokens.device)).long()  # 0 in the centre
-        index, names = 1 + off, ("prefix", "center", "off")
+        index, names = 1 + off, CENTER_NAMES
         if self.sinks:
-            index, names = index + 2 * sink_mask(tokens[:, -len(off) :]).long(), (*names, "center sink", "off sink")
+            index = index + 2 * sink_mask(tokens[:, -len(off) :]).long()
+            names = (*CENTER_NAMES, "center sink", "off sink")
         return KeyGroups(_with_prefix(index, n_keys), names)
 
     def part(self, images: slice) -> CenterGroups:
@@ -145,9 +148,10 @@ Grouping = CenterGroups | RegionGroups
 def sink_mask(patches: Tensor) -> Tensor:
     """bool [B, N]: tokens [B, N, D] whose norm is beyond ``SINK_NORM`` times the median of their picture."""
     norm = patches.detach().float().norm(dim=-1)
-    return norm > SINK_NORM * norm.median(-1, keepdim=True).values
+    mask: Tensor = norm > SINK_NORM * norm.median(-1, keepdim=True).values
+    return mask
 
 
 def _with_prefix(index: Tensor, n_keys: int) -> Tensor:
     """Patch groups [..., N] behind zeros for the other keys, [..., L]."""
-    return torch.nn.functional.pad(index, (n_keys - index.shape[-1], 0))
+    return F.pad(index, (n_keys - index.shape[-1], 0))

@@ -85,7 +85,7 @@ def group_means(pooling: Pooling, inputs: Tensor, groups: KeyGroups) -> Tensor:
     else:
         query, keys, values = pooling.heads(inputs)
     read = attention_readout(
-        query, keys, values, groups=groups.index, n_groups=len(groups.names), scale=pooling.scale
+        query, keys, values, groups=groups.labels, n_groups=len(groups.names), scale=pooling.scale
     )  # fmt: skip
     return read.mean[0]
 

@@ -39,7 +39,7 @@ def mixed_values(pooling: Pooling, inputs: Tensor, rules: Sequence[Redistributio
     if pooling.attention is None:
         values = pooling.values(inputs)
         groups = grouping.of(pooling.grid, values.shape[1], inputs)
-        n_images = 1 if groups.index.ndim == 1 else len(values)
+        n_images = 1 if groups.labels.ndim == 1 else len(values)
         rows = redistributed_rows(values.new_zeros(n_images, 1, values.shape[1]), rules, groups, pooling.grid)
         return torch.einsum("mbhl,blhc->mbhc", rows, values)
     query, keys, values = pooling.heads(inputs)
@@ -60,9 +60,9 @@ def redistributed_rows(
         grid: (H, W) of the patches, the last of the keys.
     """
     _check(rules)
-    member = F.one_hot(groups.index, len(groups.names)).bool().movedim(-1, -2)  # [G, L] or [B, G, L]
+    member = F.one_hot(groups.labels, len(groups.names)).bool().movedim(-1, -2)  # [G, L] or [B, G, L]
     member = member if member.ndim == 2 else member[:, None]
-    of_group = groups.index if groups.index.ndim == 1 else groups.index[:, None]
+    of_group = groups.labels if groups.labels.ndim == 1 else groups.labels[:, None]
     of_group = of_group.expand(scores.shape)
 
     def masses(changed: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _read(
                 variant[index] = sum(len(m) for m in means) + len(biases)
                 biases.append(bias)
         read = attention_readout(
-            query, keys, values, groups=groups.index, n_groups=len(groups.names),
+            query, keys, values, groups=groups.labels, n_groups=len(groups.names),
             bias=_stacked(biases, pooling.n_patches, keys), scale=temperature * pooling.scale,
         )  # fmt: skip
         mean, mass = read
@@ -170,7 +170,7 @@ def _spread(rule: Redistribution, shares: Tensor, groups: KeyGroups) -> Tensor:
 
 def _even(rule: Redistribution, groups: KeyGroups, dtype: torch.dtype) -> Tensor:
     """Even weights over the patches of a mixture's receivers, [1, L] or [B, 1, L]."""
-    taking = groups.starting_with(*rule.mixture[1])[groups.index]
+    taking = groups.starting_with(*rule.mixture[1])[groups.labels]
     if not bool(taking.any(-1).all()):
         raise CaptError(f"mixture: no patch for the receivers {rule.mixture[1]}; the groups are {groups.names}")
     even = taking.to(dtype)

@@ -70,10 +70,9 @@ class Redistribution:
         """
         shares = self.moved(biased, groups)
         if not self.keep_prefix:
-            return shares / shares.sum(-1, keepdim=True)
-        patches = shares[..., 1:]
-        kept = before[..., 1:].sum(-1, keepdim=True) / patches.sum(-1, keepdim=True)
-        return torch.cat([before[..., :1], patches * kept], dim=-1)
+            return _normalised(shares)
+        patches = _normalised(shares[..., 1:]) * before[..., 1:].sum(-1, keepdim=True)
+        return torch.cat([before[..., :1], patches], dim=-1)
 
     def chosen_heads(self, before: Tensor, groups: KeyGroups) -> Tensor | None:
         """bool, broadcast to [..., H]: heads it acts on, from their shares before [..., H, G]; None: all.
@@ -235,9 +234,11 @@ class RegionBoost(Redistribution):
         region = groups.starting_with("region")
         if not region.any():
             raise CaptError(f"region boost: needs groups of a region, found {groups.names}")
-        # A boost of the region is written as damping of the others, which infinity cannot make overflow.
+        if self.strength == math.inf:
+            return region.to(shares).expand_as(shares)
+        # A boost of the region is written as damping of the others, which cannot overflow.
         boosted = shares * torch.where(region, math.exp(min(self.strength, 0.0)), math.exp(-max(self.strength, 0.0)))
-        return boosted / boosted.sum(-1, keepdim=True)
+        return _normalised(boosted)
 
 
 @dataclass(frozen=True)
@@ -260,3 +261,9 @@ class UniformMixture(Redistribution):
     def mixture(self) -> tuple[float, tuple[str, ...]]:
         """Part and receivers."""
         return self.part, self.receivers
+
+
+def _normalised(shares: Tensor) -> Tensor:
+    """Shares [..., G] with sum 1; all 0 where nothing is left to share, as when a prefix takes everything."""
+    total = shares.sum(-1, keepdim=True)
+    return shares / total.masked_fill(total == 0, 1.0)

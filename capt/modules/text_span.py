@@ -41,7 +41,8 @@ def text_span(contributions: Tensor, texts: Tensor, n_texts: int = 20, rank: int
     left = texts @ directions.T @ directions
     rest = contributions - contributions.mean(0)
     total = rest.square().sum()
-    chosen, explained = [], []
+    chosen: list[int] = []
+    explained: list[Tensor] = []
     for _ in range(n_texts):
         spread = (rest @ left.T).var(0, correction=0)
         spread[chosen] = -1.0
