@@ -31,7 +31,7 @@ SHAPES = {
     "SigLIP-B/16": Shape(32, 14, 0, 12, 64, True, False),
     "small": Shape(64, 7, 0, 8, 64, False, True),
 }
-#: sweep: one constant times the distance from the centre, as the study varies it: keys at one distance share all biases.
+#: sweep: one constant times the distance from the centre, as the study varies it: keys at one distance share biases.
 #: free: 50 unrelated biases, no two keys alike. one: no bias.
 BIASES = ("sweep", "free", "one")
 N_BIASES = 50

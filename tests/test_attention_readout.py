@@ -1,4 +1,4 @@
-"""attention_readout on the CPU: identities, accuracy at every level, ways out of range, bits, sanitizers, torch, plan."""
+"""attention_readout on the CPU: identities, accuracy at every level, bits, sanitizers, torch integration, plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems of attention_readout: empty groups, single and forbidden keys, huge logits, equal biases, odd sizes, strides."""
+"""Problems of attention_readout: empty groups, forbidden keys, huge logits, equal biases, odd sizes, strides."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.parity import Problem, excess, gradients
 from capt import ops, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: normal: any biases. levels: few different ones. forbidden: many keys, and a whole group in some variants. huge: logits
-#: in the thousands. opposed: the keys that scores favour have the lowest biases, by more than float32 can hold at once.
+#: normal: any biases. levels: few different ones. forbidden: many keys, and a whole group under some biases. huge:
+#: logits in the thousands. opposed: biases fall where scores rise, by more than one float32 factor can hold.
 KINDS = ("normal", "levels", "forbidden", "huge", "opposed", "no bias")
 LENGTHS = (1, 2, 5, 8, 15, 17, 33)
 WIDTHS = (1, 3, 8, 16, 17, 24, 40, 64, 72)
@@ -68,7 +68,7 @@ def problem(seed: int, *, sizes: tuple[int, int, int, int, int, int] | None = No
 
 
 def _opposed(bias: Tensor, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Biases that fall by 150 over the keys, and keys whose scores rise by as much along the query of the first image."""
+    """Biases that fall by 150 over the keys, and keys whose scores rise by as much with the first image's query."""
     length = keys.shape[1]
     ramp = torch.linspace(0, 150, length)
     first = query if query.dim() == 2 else query[:1].sum(0)  # zeros for a batch of none

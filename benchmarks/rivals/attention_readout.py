@@ -35,7 +35,7 @@ def masked(
 def product(
     query: Tensor, keys: Tensor, values: Tensor, groups: Tensor, n_groups: int, bias: Tensor, scale: float
 ) -> Result:
-    """One exponential a key and variant, groups as columns of a second product; a common maximum, so not as accurate."""
+    """One exponential a key and variant, groups as columns of a second product; one maximum, so not as accurate."""
     x = scores_of(query, keys, scale)[:, :, None] + bias[:, 0]
     top = x.amax(-1, keepdim=True)
     weight = (x - top).exp_()

@@ -157,7 +157,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Two) -> None:
 
 @reference.own_precision
 def _gradients(ctx: Any, grad_mean: Tensor, grad_log_mass: Tensor) -> tuple[Tensor | None, ...]:
-    """With p the weight of a key in its group: ds = p (<dmean, value> - <dmean, mean> + dlog_mass), dvalue = p dmean."""
+    """With p a key's weight in its group: ds = p (<dmean, value> - <dmean, mean> + dlog_mass), dvalue = p dmean."""
     query, keys, values, groups, bias, mean, log_mass = ctx.saved_tensors
     batch = len(keys)
     wide = [value.float() for value in (query.expand(batch, -1, -1), keys, values)]
