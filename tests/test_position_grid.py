@@ -110,7 +110,7 @@ def test_a_grid_that_cannot_be_is_refused(options, message):
 
 def test_nothing_but_the_position_differs_on_a_plain_ground():
     one = grid(backgrounds=("grey",), cells=3)
-    pictures = [np.asarray(one.picture(scene)) for scene in one.single(2, 0)]
+    pictures = [np.array(one.picture(scene)) for scene in one.single(2, 0)]
     blank, *others = pictures
     assert (blank == 128).all()
     cells = one.grid

@@ -31,9 +31,9 @@ def test_a_gap_is_center_less_rest_by_unit():
         position_gap(values, [True, False, False])
 
 
-def test_rings_collect_positions_at_one_distance():
-    found = ring_means([1, 2, 3, 4], [0.5, 0.0, 0.5000001, 1.0])
-    assert [(one["distance"], one["positions"], one["mean"]) for one in found] == [(0, 1, 2), (0.5, 2, 2), (1, 1, 4)]
+def test_rings_collect_positions_equally_far_out():
+    found = ring_means([1, 2, 3, 4], [1, 0, 1, 2], [0.4, 0.0, 0.6, 1.0])
+    assert [tuple(one.values()) for one in found] == [(0, 1, 2), (0.5, 2, 2), (1, 1, 4)]
 
 
 def test_the_bootstrap_draws_units_not_pictures():

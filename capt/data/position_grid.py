@@ -80,6 +80,12 @@ class Cells(NamedTuple):
         """Larger of |x| and |y| of each centre, float64 [G*G]."""
         return np.asarray(abs(self.xy).max(1))
 
+    @property
+    def ring_number(self) -> NDArray[np.int64]:
+        """Rows or columns, whichever are more, to the middle cell, int64 [G*G]."""
+        steps = abs(np.arange(len(self.tops)) - len(self.tops) // 2)
+        return np.maximum(steps[:, None], steps[None]).reshape(-1)
+
 
 def place_cells(
     image_hw: tuple[int, int],
@@ -120,6 +126,7 @@ def place_cells(
     side = round(fill * min(image_hw) / n)
     steps = [_step(length, patch, n, side, placement) for length, patch in zip(image_hw, patch_hw, strict=True)]
     side = min(side, *(int(step) for step in steps))
+    side -= (min(image_hw) - side) % 2  # so that objects can lie symmetric around the middle
     if side < 2:
         raise CaptError(f"cells: {n} x {n} objects on {image_hw[0]} x {image_hw[1]} pixels are too small; use fewer")
     if placement == "border":

@@ -193,7 +193,8 @@ def measure_center_bias(
         grid: objects, positions and grounds, see :meth:`capt.data.position_grid.PositionGrid.for_backbone`.
         layouts: "single": one object (visibility); "pair": one in the middle and one elsewhere (competition); "full":
             one in every cell (capacity).
-        center_radius: positions with max(|x|, |y|) up to it are the center; 0.5 is a quarter of the area.
+        center_radius: positions with max(|x|, |y|) up to it are the center; 0.5 is a quarter of the area. In the layout
+            "full" it is 1/3 at most, the middle cell of three by three.
         pairs: of objects, disjoint; as many as there are by default.
         full_cells: cells along each side of layout "full"; needs more objects than cells.
         caption: text of a lone object's name.
@@ -340,7 +341,7 @@ def _full(run: _Run, cells: int, center_radius: float, caption: str) -> Capacity
             "names that are absent. Use more objects or leave the layout 'full' out."
         )
     grid = replace(run.grid, cells=cells)
-    positions = Positions.of(grid.grid, center_radius)
+    positions = Positions.of(grid.grid, min(center_radius, 1 / 3))
     texts = run.encode_texts([caption.replace("{}", name) for name in names])
     order = np.random.default_rng(grid.seed).permutation(len(names)).tolist()
     shown, absent = order[:n], order[n:]

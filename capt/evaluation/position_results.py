@@ -46,6 +46,7 @@ class Positions:
         xy: float64 [P, 2], centres of the objects in [-1, 1].
         radius: float64 [P], distance from the middle, 1 in the corner.
         ring: float64 [P], larger of |x| and |y|.
+        ring_number: int64 [P], which ring of cells, 0 for the middle.
         center: bool [P], the ring is at most the center radius.
         middle: number of the middle position.
     """
@@ -53,6 +54,7 @@ class Positions:
     xy: FloatArray
     radius: FloatArray
     ring: FloatArray
+    ring_number: IntArray
     center: NDArray[np.bool_]
     middle: int
 
@@ -70,7 +72,7 @@ class Positions:
                 f"center_radius: {center_radius} puts {int(center.sum())} of {len(ring)} positions into the center; "
                 f"they lie at {sorted(set(ring.round(3).tolist()))}. Choose one between two of these, or more cells."
             )
-        return cls(cells.xy, cells.radius, ring, center, int(np.argmin(cells.radius)))
+        return cls(cells.xy, cells.radius, ring, cells.ring_number, center, int(np.argmin(cells.radius)))
 
     @cached_property
     def others(self) -> IntArray:
@@ -89,6 +91,11 @@ class Positions:
         array[self.others if given.size < array.size else slice(None)] = given
         rows = array.reshape(self.cells, self.cells).tolist()
         return [[value if math.isfinite(value) else None for value in row] for row in rows]
+
+    def rings(self, values: ArrayLike) -> list[dict[str, float]]:
+        """Means by ring of values at all positions, or at :attr:`others`."""
+        which = self.others if np.size(values) < len(self.ring) else slice(None)
+        return ring_means(values, self.ring_number[which], self.ring[which])
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -201,14 +208,14 @@ class Visibility:
             "gap": gap.record(),
             "relative_gap": _finite(gap.estimate / center) if center else None,
             "accuracy_map": self.positions.as_map(self.profile),
-            "accuracy_rings": ring_means(self.profile, self.positions.ring),
+            "accuracy_rings": self.positions.rings(self.profile),
             "lift_map": self.positions.as_map(lift),
-            "lift_rings": ring_means(lift, self.positions.ring),
+            "lift_rings": self.positions.rings(lift),
             "lift_gap": bootstrap(self.lift_gaps()).record(),
             "center_index": self.center_index().record(),
             "retention_map": self.positions.as_map(self.retention()),
             "influence_map": self.positions.as_map(influence),
-            "influence_rings": ring_means(influence, self.positions.ring),
+            "influence_rings": self.positions.rings(influence),
             "trend": trend.record() if trend else None,
             "spearman": _finite(spearman(self.positions.radius, self.profile)),
             "mcnemar": self.middle_against_side(),
@@ -288,7 +295,7 @@ class Competition:
                 "center": self.shares(self.center),
             },
             "choice_maps": maps,
-            "accuracy_rings": ring_means(self.profile, self.positions.ring[self.positions.others]),
+            "accuracy_rings": self.positions.rings(self.profile),
             "spearman": _finite(spearman(self.positions.radius[self.positions.others], self.profile)),
             "kept_central_less_peripheral": bootstrap(self.kept()).record(),
             "preference": bootstrap(self.preference.mean((1, 2, 3))).record(),
@@ -329,6 +336,6 @@ class Capacity:
             "chance": 0.5,
             "auc": float(self.profile.mean()),
             "auc_map": self.positions.as_map(self.profile),
-            "auc_rings": ring_means(self.profile, self.positions.ring),
+            "auc_rings": self.positions.rings(self.profile),
             "gap": bootstrap(self.gaps()).record(),
         }

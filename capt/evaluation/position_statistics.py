@@ -66,24 +66,26 @@ def position_gap(values: ArrayLike, center: ArrayLike) -> FloatArray:
     return gap
 
 
-def ring_means(values: ArrayLike, ring: ArrayLike, decimals: int = 3) -> list[dict[str, float]]:
-    """Mean over the positions at each distance from the middle, nearest first.
+def ring_means(values: ArrayLike, number: ArrayLike, distance: ArrayLike) -> list[dict[str, float]]:
+    """Mean over the positions of each ring around the middle, nearest first.
 
     Args:
         values: [positions].
-        ring: [positions], distances; those that agree to ``decimals`` places are one ring.
+        number: int [positions], which ring each belongs to.
+        distance: [positions], from the middle.
 
     Returns:
-        ``{"distance", "positions", "mean"}`` of each ring.
+        ``{"distance", "positions", "mean"}`` of each ring, the distance being that of its positions on average.
     """
-    array, distance = _values(values, "values", 1), np.round(_values(ring, "ring", 1), decimals)
+    array, apart = _values(values, "values", 1), _values(distance, "distance", 1)
+    rings = np.asarray(number)
     return [
         {
-            "distance": float(one),
-            "positions": int((distance == one).sum()),
-            "mean": float(array[distance == one].mean()),
+            "distance": float(apart[rings == one].mean()),
+            "positions": int((rings == one).sum()),
+            "mean": float(array[rings == one].mean()),
         }
-        for one in np.unique(distance)
+        for one in np.unique(rings)
     ]
 
 
