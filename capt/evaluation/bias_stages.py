@@ -151,7 +151,9 @@ class Explanation:
     @property
     def diagnosis(self) -> str:
         """In a few words: "none", or kind, direction and stage of each loss that is shown."""
-        found = [f"{one.kind} loss towards the {_other(one.favours)}, {one.where}" for one in self.losses if one.total.shown]
+        found = [
+            f"{one.kind} loss towards the {_other(one.favours)}, {one.where}" for one in self.losses if one.total.shown
+        ]
         return "; ".join(found) or "none"
 
     def words(self) -> list[str]:
@@ -163,8 +165,8 @@ class Explanation:
             "Objects among the "
             f"{self.settings.get('best', 3)} best names, center and off-center: pooled from their own patches "
             f"{kept['oracle'][~off].mean():.1f} % and {kept['oracle'][off].mean():.1f} %, in the feature "
-            f"{kept['final'][~off].mean():.1f} % and {kept['final'][off].mean():.1f} %. Found in a patch but not in the "
-            f"feature: {100 * self.vanish[~off].mean():.1f} % and {100 * self.vanish[off].mean():.1f} %."
+            f"{kept['final'][~off].mean():.1f} % and {kept['final'][off].mean():.1f} %. Found in a patch but not in "
+            f"the feature: {100 * self.vanish[~off].mean():.1f} % and {100 * self.vanish[off].mean():.1f} %."
         )
         if any(one.where == "before pooling" for one in self.losses):
             found.append("What is lost before the last aggregation cannot be brought back by re-weighting it.")
@@ -345,9 +347,7 @@ class _Stages:
                 for variant in range(self.grid.variants):
                     scenes = self.grid.pair(central, peripheral, variant)[: len(self.grid.others)]
                     inputs = self.pooling.inputs(self.images(scenes))
-                    feature = self.pooling.tower.project(
-                        self.pooling.tower.advance(inputs, start=self.pooling.depth)
-                    )
+                    feature = self.pooling.tower.project(self.pooling.tower.advance(inputs, start=self.pooling.depth))
                     alone = [oracle(self.pooling, inputs, self.masks(scenes, which)) for which in (0, 1)]
                     texts = self.texts[[central, peripheral]].double()
                     scores = concept_scores(feature.double(), texts)

@@ -1,4 +1,4 @@
-"""Does a model's preprocessing make a center bias of its own? Wide pictures, cut as the model does and not cut at all."""
+"""Does a model's preprocessing make a center bias of its own? Wide pictures, cut as the model does, and not cut."""
 
 from __future__ import annotations
 
@@ -48,11 +48,15 @@ class PreprocessingCheck:
         """What the preprocessing adds, in one sentence."""
         gaps = {mode: 100 * position_gap(right, self.positions.center).mean() for mode, right in self.right.items()}
         off = self.visible["native"]
-        seen = "" if off is None else f", {100 * off[~self.positions.center].mean():.0f} % of off-center objects' area seen"
+        seen = (
+            ""
+            if off is None
+            else f", {100 * off[~self.positions.center].mean():.0f} % of off-center objects' area seen"
+        )
         return (
-            f"Confound check, preprocessing crop, on 4:3 pictures: center less off-center accuracy is {gaps['native']:+.1f} "
-            f"points with the model's own preprocessing (native{seen}) and {gaps['squash']:+.1f} when nothing is cut off "
-            f"(squash), {gaps['pad']:+.1f} with borders (pad). Only what is left under squash and pad is the encoder's."
+            f"Confound check, preprocessing crop, on 4:3 pictures: center less off-center accuracy is "
+            f"{gaps['native']:+.1f} points with the model's own preprocessing (native{seen}) and {gaps['squash']:+.1f} when "
+            f"nothing is cut off (squash), {gaps['pad']:+.1f} with borders (pad). Only what is left under squash and pad is the encoder's."
         )
 
     def record(self) -> dict[str, Any]:

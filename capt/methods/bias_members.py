@@ -1,9 +1,9 @@
-"""Training-free changes of the last aggregation that a mitigation chooses from, their controls, and how they are stored."""
+"""Training-free changes of the last aggregation that a mitigation chooses from, their controls, their storage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Member:
 
     name: str
     change: Change
-    groups: CenterGroups = CenterGroups()
+    groups: CenterGroups = field(default_factory=CenterGroups)
 
     def apply(self, backbone: Backbone) -> Backbone:
         """The same model with the change, for everything that takes a backbone."""
@@ -205,8 +205,8 @@ def load_member(folder: str | Path, backbone: Backbone) -> Backbone:
     stored = read_stored(folder)
     if stored["fingerprint"] != backbone.fingerprint():
         raise CaptError(
-            f"'{folder}': the mitigation was made for a model with fingerprint {stored['fingerprint'][:12]}, this one has "
-            f"{backbone.fingerprint()[:12]}; open the same model, or run 'capt bias mitigate' on this one"
+            f"'{folder}': the mitigation was made for a model with fingerprint {stored['fingerprint'][:12]}, this one "
+            f"has {backbone.fingerprint()[:12]}; open the same model, or run 'capt bias mitigate' on this one"
         )
     if stored["change"] is None:
         return backbone

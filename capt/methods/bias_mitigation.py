@@ -128,8 +128,8 @@ class Mitigation:
         if self.best is None or self.off is None or self.clean is None:
             return [
                 f"No member of the family of {len(self.rows) - 1} raises the off-center accuracy of the calibration "
-                f"objects ({100 * self.rows[0]['calibration_off']:.1f} %) at a cost of at most {100 * CLEAN_COST:g} point "
-                "in the center: the model is left as it is."
+                f"objects ({100 * self.rows[0]['calibration_off']:.1f} %) at a cost of at most {100 * CLEAN_COST:g} "
+                "point in the center: the model is left as it is."
             ]
         off, clean = self.off, self.clean
         found = [
@@ -140,13 +140,13 @@ class Mitigation:
         ]
         if self.chosen is None:
             found.append(
-                "A gain on held-out objects is not shown, so no member of the family is said to help: the model is left "
-                "as it is."
+                "A gain on held-out objects is not shown, so no member of the family is said to help: the model is "
+                "left as it is."
             )
         if self.chosen is not None and clean.gain.estimate < -CLEAN_COST:
             found.append(
-                f"The cost in the center is above {100 * CLEAN_COST:g} point on held-out objects, although it was not on "
-                "those it was chosen on."
+                f"The cost in the center is above {100 * CLEAN_COST:g} point on held-out objects, although it was not "
+                "on those it was chosen on."
             )
         return found
 
@@ -236,7 +236,7 @@ def mitigate_center_bias(
     if best is not None and chosen is not None:
         curve[best.name] = positions.rings(held_out.lone[1 + chosen].mean(0))
     settings = {
-        "grid": grid.record(), "calibration_objects": len(halves[0].cutouts), "held_out_objects": len(halves[1].cutouts),
+        "grid": grid.record(), "calibration_objects": n // 2, "held_out_objects": n - n // 2,
         "calibration_names": list(halves[0].cutouts.names), "center_radius": center_radius, "caption": caption,
         "level": level, "clean_cost": CLEAN_COST, "least_entropy": LEAST_ENTROPY, "region_objects": region_objects,
     }  # fmt: skip
@@ -386,10 +386,11 @@ class _Trial:
             plain, with_mark = (F.normalize(self.backbone.image_features(x).float(), dim=-1) for x in (empty, marks))
             moved.append(float((with_mark - plain).norm(dim=-1).mean()))
         center = self.positions.center
-        rows = [
-            {"name": name, "clean": float(np.mean(found, 0)[center].mean()), "off": float(np.mean(found, 0)[~center].mean())}
-            for name, found in hits.items()
-        ]  # fmt: skip
+        means = {name: np.mean(found, 0) for name, found in hits.items()}
+        rows: list[dict[str, Any]] = [
+            {"name": name, "clean": float(found[center].mean()), "off": float(found[~center].mean())}
+            for name, found in means.items()
+        ]
         return [*rows, {"name": "circle on an empty picture moves the feature by", "distance": float(np.mean(moved))}]
 
     def _marked(self, images: Tensor, boxes: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:

@@ -118,10 +118,12 @@ class CenterBias:
 def _cutouts(objects: Cutouts | str | Path, n: int, seed: int) -> Cutouts:
     if isinstance(objects, Cutouts):
         return objects
-    if objects == "emoji":
-        return emoji_cutouts(2 * n, seed=seed)
-    if objects == "shapes":
-        return drawn_shapes(2 * n, seed=seed)
+    makers: dict[Any, Callable[..., Cutouts]] = {"emoji": emoji_cutouts, "shapes": drawn_shapes}
+    if objects in makers:
+        try:
+            return makers[objects](2 * n, seed=seed)
+        except CaptError:  # not twice as many; fewer than n are refused
+            return makers[objects](n, seed=seed)
     folder = Path(objects)
     if not folder.is_dir():
         raise CaptError(f"objects: {str(objects)!r} is neither 'emoji' nor 'shapes', nor a folder of cut-outs")

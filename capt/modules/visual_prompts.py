@@ -22,7 +22,7 @@ _DIMMED = 0.3
 _CONTEXT = 0.25  # of the box, on every side, that a crop keeps
 _LUMA = (0.299, 0.587, 0.114)
 
-# Source: red circles and blurred or grey surroundings after arXiv 2304.06712; sizes, "darken", "crop" and "frame": ours.
+# Source: circles, blurred and grey surroundings after arXiv 2304.06712; sizes, "darken", "crop" and "frame": ours.
 
 
 def marked(images: Tensor, boxes: Tensor, marker: Marker, *, colour: Sequence[float] = RED) -> Tensor:
@@ -110,7 +110,9 @@ def _blurred(images: Tensor) -> Tensor:
         reach = min(round(3 * std), images.shape[axis] - 1)
         offsets = torch.arange(-reach, reach + 1).to(images)
         weights = torch.exp(-(offsets**2) / (2 * std**2))
-        kernel = (weights / weights.sum()).view(1, 1, -1, 1) if axis == 2 else (weights / weights.sum()).view(1, 1, 1, -1)
+        kernel = (
+            (weights / weights.sum()).view(1, 1, -1, 1) if axis == 2 else (weights / weights.sum()).view(1, 1, 1, -1)
+        )
         padding = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
         blurred = F.conv2d(F.pad(blurred, padding, mode="replicate"), kernel.expand(3, 1, -1, -1), groups=3)
     return blurred
