@@ -55,8 +55,9 @@ class PreprocessingCheck:
         )
         return (
             f"Confound check, preprocessing crop, on 4:3 pictures: center less off-center accuracy is "
-            f"{gaps['native']:+.1f} points with the model's own preprocessing (native{seen}) and {gaps['squash']:+.1f} when "
-            f"nothing is cut off (squash), {gaps['pad']:+.1f} with borders (pad). Only what is left under squash and pad is the encoder's."
+            f"{gaps['native']:+.1f} points with the model's own preprocessing (native{seen}) and "
+            f"{gaps['squash']:+.1f} when nothing is cut off (squash), {gaps['pad']:+.1f} with borders (pad). Only what "
+            "is left under squash and pad is the encoder's."
         )
 
     def record(self) -> dict[str, Any]:

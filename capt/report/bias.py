@@ -53,8 +53,8 @@ def words(found: Mapping[str, Any]) -> list[str]:
             effect = finding["effect"]
             sentences.append(
                 f"{finding['question'][0].upper()}{finding['question'][1:]} {finding['verdict']}: center less "
-                f"off-center {effect['estimate']:+.4f} [{effect['low']:+.4f}, {effect['high']:+.4f}] over {finding['units']} "
-                f"{finding['unit']}s, p {finding['p_adjusted']:.3g}."
+                f"off-center {effect['estimate']:+.4f} [{effect['low']:+.4f}, {effect['high']:+.4f}] over "
+                f"{finding['units']} {finding['unit']}s, p {finding['p_adjusted']:.3g}."
             )
     if check := found.get("preprocessing"):
         sentences.append(check["words"])
