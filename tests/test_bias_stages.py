@@ -11,8 +11,8 @@ import torch
 from capt.data.cutouts import Cutouts, drawn_shapes
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError
-from capt.evaluation.bias_stages import STAGES, explain_center_bias
 from capt.evaluation.concept_survival import concept_scores
+from capt.methods.bias_stages import STAGES, explain_center_bias
 from tests.planted_tower import planted
 from tests.pooled_towers import CLASS_TOKEN, KINDS, wrapped
 

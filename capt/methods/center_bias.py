@@ -10,12 +10,12 @@ from capt.backbones import Backbone
 from capt.data.cutouts import Cutouts, drawn_shapes, emoji_cutouts, read_cutouts
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError
-from capt.evaluation.bias_stages import Explanation, explain_center_bias
 from capt.evaluation.center_bias import LAYOUTS, CenterBiasResult, measure_center_bias
 from capt.evaluation.preprocessing_check import PreprocessingCheck, check_preprocessing
 from capt.evaluation.whats_up import WhatsUpResult, score_photographs
 from capt.methods.bias_members import Member
 from capt.methods.bias_mitigation import Mitigation, mitigate_center_bias
+from capt.methods.bias_stages import Explanation, explain_center_bias
 
 Progress = Callable[[str, int, int], None]
 
@@ -101,7 +101,7 @@ class CenterBias:
         return score_photographs(self.backbone, folder)
 
     def explain(self, level: float = 0.01) -> Explanation:
-        """Where objects are lost, see :func:`capt.evaluation.bias_stages.explain_center_bias`."""
+        """Where objects are lost, see :func:`capt.methods.bias_stages.explain_center_bias`."""
         return explain_center_bias(self.backbone, self.grid(), level=level, progress=self.progress, **self._asked)
 
     def mitigate(
