@@ -230,6 +230,14 @@ class PositionGrid:
             canvas[window] = pixels
         return image_module.fromarray(canvas.astype(np.uint8).transpose(1, 2, 0))
 
+    def opacity(self, scene: Scene) -> Tensor:
+        """Opacity of each pasted object by itself, float32 [objects, height, width] in [0, 1]."""
+        opacity = torch.zeros(len(scene.pasted), *self.image_hw)
+        for layer, one in zip(opacity, scene.pasted, strict=True):
+            alpha = torch.from_numpy(self._look(one.thing, one.look, one.side)[3])
+            layer[one.top : one.top + one.side, one.left : one.left + one.side] = alpha
+        return opacity
+
     def _painted(self, ground: Pixels, scene: Scene) -> Iterable[tuple[tuple[slice, slice, slice], Pixels]]:
         """Windows of the canvas and what they show, whole numbers in [0, 255], one after the other."""
         several = len(scene.pasted) > 1
