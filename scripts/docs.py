@@ -4,14 +4,15 @@
     python scripts/docs.py --check    change nothing, fail if something is out of date or broken
 
 Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result of ``capt demo`` as recorded in
-docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py, and
-between ``msci-lines`` in docs/msci.md those of examples/compositional.py, ``cprfl-lines`` in docs/cprfl.md of
-examples/multi_label.py. ``compositional-table`` in README.md is the first run of docs/results/compositional.json,
-``compositional`` in docs/results.md all of them; ``multi-label-table`` is that of docs/results/multi_label.json; ``center-bias`` in
-docs/center-bias.md is docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks hold what scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and
-``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
-benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one
-whose name, or whose file in benchmarks/, is OP.
+docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py,
+between ``msci-lines`` in docs/msci.md those of examples/compositional.py, and between ``cprfl-lines`` in docs/cprfl.md
+those of examples/multi_label.py. ``compositional-table`` in README.md is the first run of
+docs/results/compositional.json, ``compositional`` in docs/results.md all of them; ``multi-label-table`` and
+``multi-label`` are the same of docs/results/multi_label.json; ``center-bias`` in docs/center-bias.md is
+docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks hold what scripts/tune_demo.py wrote,
+``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of ``capt ablate``.
+``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
+docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations
@@ -235,7 +236,9 @@ def generated() -> dict[str, dict[str, str]]:
         pages["README.md"]["compositional-table"] = first_table(runs)
         pages["docs/results.md"]["compositional"] = compositional_tables(runs)
     if MULTI_LABEL.is_file():
-        pages["README.md"]["multi-label-table"] = first_table(json.loads(MULTI_LABEL.read_text(encoding="utf-8")))
+        runs = json.loads(MULTI_LABEL.read_text(encoding="utf-8"))
+        pages["README.md"]["multi-label-table"] = first_table(runs)
+        pages["docs/results.md"]["multi-label"] = run_tables(runs)
     if CENTER_BIAS.is_file():
         pages["docs/center-bias.md"] = {"center-bias": center_bias(json.loads(CENTER_BIAS.read_text(encoding="utf-8")))}
     return pages

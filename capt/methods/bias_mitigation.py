@@ -60,7 +60,8 @@ class Outcome(NamedTuple):
         """Off-center accuracy of each pair of objects, [M, K // 2]: mean of lone objects' and of the pair's."""
         lone = self.lone[:, :, ~positions.center].mean(2)
         n_pairs = self.both.shape[1]
-        return 0.5 * (lone[:, : 2 * n_pairs].reshape(len(lone), n_pairs, 2).mean(2) + self.both.mean(2))
+        off: FloatArray = 0.5 * (lone[:, : 2 * n_pairs].reshape(len(lone), n_pairs, 2).mean(2) + self.both.mean(2))
+        return off
 
     def clean(self, positions: Positions) -> FloatArray:
         """Accuracy of lone objects in the center, [M, K]."""
@@ -240,8 +241,9 @@ def mitigate_center_bias(
         "calibration_names": list(halves[0].cutouts.names), "center_radius": center_radius, "caption": caption,
         "level": level, "clean_cost": CLEAN_COST, "least_entropy": LEAST_ENTROPY, "region_objects": region_objects,
     }  # fmt: skip
+    off_change, clean_change = changes or (None, None)
     return Mitigation(
-        backbone, best if helps else None, best, *(changes or (None, None)), rows, controls, regions, curve, settings
+        backbone, best if helps else None, best, off_change, clean_change, rows, controls, regions, curve, settings
     )
 
 
