@@ -17,6 +17,7 @@ _LAZY = {
     "ConfusionBank": "capt.bank",
     "CAPT": "capt.methods.capt",
     "MSCI": "capt.methods.msci",
+    "CenterBias": "capt.methods.center_bias",
     "CPRFL": "capt.methods.cprfl",
     "SemanticConfusionMiner": "capt.modules",
     "SampleConfusionMiner": "capt.modules",

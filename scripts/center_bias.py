@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from capt.backbones import load
 from capt.data.cutouts import drawn_shapes, emoji_cutouts, read_cutouts
 from capt.data.position_grid import PositionGrid
-from capt.evaluation.center_bias import CenterBiasResult, measure_center_bias
+from capt.evaluation.center_bias import CenterBiasResult, measure_center_bias, recognised_objects
 from capt.files import write_json
 
 
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--objects", default="emoji", help="'emoji', 'shapes', or a folder of cut-outs")
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--cells", type=int, default=5)
+    parser.add_argument("--fill", type=float, default=0.8)
+    parser.add_argument("--known-of", type=int, help="keep the N best recognised of so many objects")
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--backgrounds", nargs="+", default=["grey", "noise"])
     parser.add_argument("--replicates", type=int, default=1)
@@ -31,12 +34,15 @@ def main() -> None:
     chosen = parser.parse_args()
     makers = {"emoji": emoji_cutouts, "shapes": drawn_shapes}
     make = makers.get(chosen.objects)
-    cutouts = make(chosen.n, seed=chosen.seed) if make else read_cutouts(chosen.objects)
+    n = chosen.known_of or chosen.n
+    model, cutouts = load(chosen.model), make(n, seed=chosen.seed) if make else read_cutouts(chosen.objects)
     grid = PositionGrid.for_backbone(
-        load(chosen.model), cutouts, cells=chosen.cells, placement=chosen.placement, backgrounds=chosen.backgrounds,
-        replicates=chosen.replicates, seed=chosen.seed,
+        model, cutouts, cells=chosen.cells, fill=chosen.fill, placement=chosen.placement,
+        backgrounds=chosen.backgrounds, replicates=chosen.replicates, seed=chosen.seed,
     )  # fmt: skip
-    result = measure_center_bias(load(chosen.model), grid, layouts=chosen.layouts)
+    if chosen.known_of:
+        grid = replace(grid, cutouts=recognised_objects(model, grid, chosen.n))
+    result = measure_center_bias(model, grid, layouts=chosen.layouts)
     if chosen.out:
         write_json(chosen.out, result.record())
     show(result)
@@ -45,6 +51,8 @@ def main() -> None:
 def show(result: CenterBiasResult) -> None:
     """Print the verdict, what it rests on, and the maps."""
     print(result.verdict)
+    for warning in result.warnings:
+        print("  but:", warning)
     for name, finding in result.findings.items():
         effect = finding.effect
         print(

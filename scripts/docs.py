@@ -8,11 +8,11 @@ docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the ma
 between ``msci-lines`` in docs/msci.md those of examples/compositional.py, and between ``cprfl-lines`` in docs/cprfl.md
 those of examples/multi_label.py. ``compositional-table`` in README.md is the first run of
 docs/results/compositional.json, ``compositional`` in docs/results.md all of them; ``multi-label-table`` and
-``multi-label`` are the same of docs/results/multi_label.json. In docs/results.md, the ``tuning-table`` marks hold what
-scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of
-``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and
-``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one whose name, or whose file in
-benchmarks/, is OP.
+``multi-label`` are the same of docs/results/multi_label.json; ``center-bias`` in docs/center-bias.md is
+docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks hold what scripts/tune_demo.py wrote,
+``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of ``capt ablate``.
+``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
+docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 from capt.methods.ablation import as_markdown
 from capt.report import markdown_table, verdict
+from capt.report.bias import words as bias_words
 from capt.report.summary import method_name, metric_name, metrics_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ BASE_MODELS = ROOT / "docs" / "results" / "base_models.json"
 ABLATION = ROOT / "docs" / "results" / "ablation.json"
 COMPOSITIONAL = ROOT / "docs" / "results" / "compositional.json"
 MULTI_LABEL = ROOT / "docs" / "results" / "multi_label.json"
+CENTER_BIAS = ROOT / "docs" / "results" / "center_bias.json"
 EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks" / "results" / "cpu.json"
 KERNELS = ROOT / "docs" / "kernels"
@@ -135,6 +137,30 @@ def _above(summary: dict[str, Any]) -> str:
     return f"MSCI is not above {', '.join(not_above)}" if not_above else everywhere
 
 
+def center_bias(recorded: dict[str, Any]) -> str:
+    """What was found on each model, step by step, the best members, and what it took."""
+    parts = []
+    for name, steps in recorded["models"].items():
+        parts.append(f"**{name}**")
+        found = {"model": {"name": name}, **steps}
+        parts.append("\n".join(f"- {sentence}" for sentence in bias_words(found)))
+        if "mitigate" in steps:
+            rows = steps["mitigate"]["table"][:8]
+            keys = ("calibration_off", "calibration_clean", "held_out_off", "held_out_clean")
+            lines = ["| Member | Calibration, off-center | center | Held out, off-center | center |"]
+            lines += ["| --- |" + " ---: |" * len(keys)]
+            lines += [
+                f"| {row['name']} | " + " | ".join(f"{100 * row[key]:.1f}" for key in keys) + " |" for row in rows
+            ]
+            parts.append("\n".join(lines))
+        took = ", ".join(
+            f"{step} {one['took']['seconds']:.0f} s ({one['took']['cpu_seconds']:.0f} s of CPU)"
+            for step, one in steps.items()
+        )
+        parts.append(f"Took, with {recorded['machine']['threads']} threads on a busy machine: {took}.")
+    return "\n\n".join(parts)
+
+
 def ablation_table() -> str:
     """The table of ``capt ablate``."""
     return as_markdown(json.loads(ABLATION.read_text(encoding="utf-8")))
@@ -213,6 +239,8 @@ def generated() -> dict[str, dict[str, str]]:
         runs = json.loads(MULTI_LABEL.read_text(encoding="utf-8"))
         pages["README.md"]["multi-label-table"] = first_table(runs)
         pages["docs/results.md"]["multi-label"] = run_tables(runs)
+    if CENTER_BIAS.is_file():
+        pages["docs/center-bias.md"] = {"center-bias": center_bias(json.loads(CENTER_BIAS.read_text(encoding="utf-8")))}
     return pages
 
 

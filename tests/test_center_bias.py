@@ -13,9 +13,16 @@ from capt.backbones import load
 from capt.data.cutouts import drawn_shapes, emoji_cutouts
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError, DataError, NumericError
-from capt.evaluation.center_bias import NOT_SHOWN, TO_BORDER, TO_CENTER, Functions, measure_center_bias
+from capt.evaluation.center_bias import (
+    NOT_SHOWN,
+    TO_BORDER,
+    TO_CENTER,
+    measure_center_bias,
+    recognised_objects,
+)
 from capt.evaluation.planted_bias import PlantedBias
 from capt.evaluation.position_results import CENTRAL, PERIPHERAL, Visibility
+from capt.evaluation.scene_encoder import Functions
 from tests.tiny import backbone
 
 CLOSED_FORM = {0: 0.417, 0.5: 0.417, 1: 0.75, 1.5: 1, 2: 1, 3: 0.75, 4: 0.417}
@@ -160,6 +167,44 @@ def test_first_noun_preference_does_not_look_like_a_center_bias():
 
     found = measure_center_bias(Functions(model.image_features, first_noun), model.grid(5), layouts=["pair"])
     assert found.verdict == NOT_SHOWN and abs(found.findings["competition"].effect.estimate) < 0.1
+
+
+def test_a_model_that_recognises_nothing_is_not_called_unbiased_without_a_word():
+    model = PlantedBias(12, patches=5, patch=4, beta=3.0, ground=50.0, noise=5.0)
+    found = measure_center_bias(model, model.grid(5), layouts=["single", "pair"])
+    assert found.verdict == NOT_SHOWN and "no better than by chance" in found.warnings[0]
+    assert found.record()["warnings"] == found.warnings
+    assert not measure_center_bias(PlantedBias(12), PlantedBias(12).grid(5), layouts=["single"]).warnings
+
+
+def test_recognised_objects_are_those_the_model_names():
+    model = PlantedBias(12, patches=5, patch=4, beta=0.0)
+
+    def hard(texts):
+        features = model.text_features(texts)
+        for row, text in zip(features, texts, strict=True):
+            if text.endswith(("object 1", "object 4", "object 7")):
+                row[:] = 0
+                row[-1] = 1
+        return features
+
+    kept = recognised_objects(Functions(model.image_features, hard), model.grid(5), 9)
+    assert set(kept.names) == set(model.cutouts.names) - {"object 1", "object 4", "object 7"}
+    with pytest.raises(DataError, match="n: found 13, expected 1 to 12"):
+        recognised_objects(model, model.grid(5), 13)
+
+
+def test_choosing_recognised_objects_makes_no_center_bias():
+    gaps, alarms = [], 0
+    for seed in range(30):
+        model = PlantedBias(24, patches=5, patch=4, beta=0.0, ground=0.05, noise=0.35, seed=seed)
+        grid = model.grid(5, seed=seed)
+        found = measure_center_bias(
+            model, replace(grid, cutouts=recognised_objects(model, grid, 12)), layouts=["single"]
+        )
+        gaps.append(found.findings["lift"].effect.estimate)
+        alarms += found.verdict != NOT_SHOWN
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5 and alarms <= 2
 
 
 # ---- the shipped model, records, errors ------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ VERBS = {
     "predict": Verb("capt.cli.use", "predict", "classify images: class and what it is confused with, pair, or labels"),
     "bank build": Verb("capt.cli.bank", "build", "collect the mistakes of a CLIP model on labelled images"),
     "bank search": Verb("capt.cli.bank", "search", "top confusion pairs of a bank, or the mistakes most like an image"),
+    "bias measure": Verb("capt.cli.bias", "measure", "is the model cross-eyed? objects at a grid of positions"),
+    "bias explain": Verb("capt.cli.bias", "explain", "where in the network an off-center object is lost"),
+    "bias mitigate": Verb("capt.cli.bias", "mitigate", "what helps without training, tested on held-out objects"),
     "data check": Verb("capt.cli.data", "check", "read a data set and say what is in it and what is wrong"),
     "data few-shot": Verb("capt.cli.data", "few_shot", "choose k training images a class and save the list"),
     "data pair-texts": Verb(
@@ -76,7 +79,7 @@ def usage() -> str:
             "linear-labels' 'clipart' (shipped), a list with the columns path, labels and split, or 'coco-lt' or",
             "'voc-lt' with --root.",
             "--model is 'embedded' or 'embedded-vit' (shipped), an open_clip name with --pretrained TAG_OR_FILE, or",
-            "hf:FOLDER for a transformers CLIP or SigLIP.",
+            "hf:FOLDER for a transformers CLIP or SigLIP, or bias:RUN for a model that 'capt bias mitigate' changed.",
             "",
             "exit codes: 0 done, 2 usage, 3 data, 4 damaged file, 5 disk or memory, 6 not a number, 130 interrupted",
         ]

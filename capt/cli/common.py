@@ -17,6 +17,8 @@ from rich.table import Table
 from capt.errors import CaptError, DataError
 from capt.files import read_json
 
+MITIGATED = "bias:"
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -31,7 +33,8 @@ class ModelOptions:
     """Which CLIP model is used."""
 
     model: str = "embedded"
-    """'embedded' or 'embedded-vit' (shipped), an open_clip model name, hf:FOLDER for a transformers CLIP or SigLIP."""
+    """'embedded' or 'embedded-vit' (shipped), an open_clip model name, hf:FOLDER for a transformers CLIP or SigLIP, or
+    bias:RUN for the model that 'capt bias mitigate' changed."""
     pretrained: str | None = None
     """open_clip weights: a tag or a checkpoint file; without it an open_clip model has random weights."""
     device: str | None = None
@@ -43,7 +46,19 @@ class ModelOptions:
 
         from capt.backbones import load
 
+        if self.model.startswith(MITIGATED):
+            return self._open_mitigated(Path(self.model.removeprefix(MITIGATED)))
         return load(self.model, self.pretrained, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _open_mitigated(self, run: Path) -> Backbone:
+        """The model that a mitigation was made for, with its change."""
+        from capt.methods.bias_members import load_member, read_stored
+
+        opened = read_stored(run).get("opened_with", {})
+        if not isinstance(opened.get("model"), str):
+            raise CaptError(f"--model {self.model}: its record does not say how the model was opened")
+        plain = ModelOptions(opened["model"], self.pretrained or opened.get("pretrained"), self.device).open()
+        return load_member(run, plain)
 
 
 @dataclass(frozen=True)

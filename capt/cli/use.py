@@ -273,6 +273,9 @@ def report(
     from capt import report as pages
 
     _folder(run)
+    if (run / "bias.json").is_file():
+        print(pages.write_bias_report(run))
+        return 0
     summary = pages.read_summary(run)
     if markdown:
         print(pages.markdown_table(summary))

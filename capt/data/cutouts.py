@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from capt.data.decode import decode_rgba
 from capt.data.names import class_list
@@ -96,24 +94,6 @@ def squared(picture: Picture, name: str) -> Picture:
 
 
 # ---- shipped emoji ---------------------------------------------------------------------------------------------------
-
-
-def turned(picture: Picture, degrees: float, name: str) -> Picture:
-    """A cut-out rotated to the left, square again; ``name`` is named in errors."""
-    from PIL import Image as image_module
-
-    rotated = image_module.fromarray(picture).rotate(degrees, image_module.Resampling.BICUBIC, expand=True)
-    return squared(np.asarray(rotated), name)
-
-
-def resized(picture: Picture, side: int) -> NDArray[np.float32]:
-    """A cut-out at ``side`` pixels, float32 [4, side, side]: colour times opacity in [0, 255], opacity in [0, 1]."""
-    values = picture.transpose(2, 0, 1).astype(np.float32)
-    values[3] /= 255
-    values[:3] *= values[3]  # first, so that what is transparent does not bleed into edges
-    scaled = F.interpolate(torch.from_numpy(values)[None], (side, side), mode="bilinear", antialias=True)
-    look: NDArray[np.float32] = scaled[0].clamp(min=0).numpy()
-    return look
 
 
 def emoji_cutouts(n: int = 20, *, seed: int = 0, names: Sequence[str] | None = None) -> Cutouts:

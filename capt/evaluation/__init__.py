@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capt.evaluation.center_bias import CenterBiasResult, measure_center_bias
+from capt.evaluation.center_bias import CenterBiasResult, measure_center_bias, recognised_objects
 from capt.evaluation.compositional import BestPairs, FrontierMeter, PairCounts, ThresholdSearch
 from capt.evaluation.feasibility import feasibility, feasibility_thresholds
 from capt.evaluation.metrics import (
@@ -64,6 +64,7 @@ __all__ = [
     "pair_scores",
     "predicted_labels",
     "primitive_factors",
+    "recognised_objects",
     "released_copies",
     "score_photographs",
     "top_confused_pairs",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
-from capt.data.position_grid import PositionGrid, Scene
-from capt.errors import CaptError, DataError, NumericError
+from capt.data.cutouts import Cutouts
+from capt.data.position_grid import PositionGrid
+from capt.errors import CaptError, DataError
 from capt.evaluation.position_results import (
     BOTH,
     CENTRAL,
@@ -26,6 +25,7 @@ from capt.evaluation.position_results import (
     Visibility,
 )
 from capt.evaluation.position_statistics import Interval, bootstrap, holm, sign_flip_test
+from capt.evaluation.scene_encoder import Encoder, SceneEncoder
 from capt.evaluation.whats_up import DISTRACTOR, four_captions, four_way_choice
 
 FloatArray = NDArray[np.float64]
@@ -34,25 +34,6 @@ LAYOUTS: tuple[Layout, ...] = ("single", "pair", "full")
 NOT_SHOWN = "not shown to be biased"
 TO_CENTER = "biased to the center"
 TO_BORDER = "biased to the border"
-
-
-class Encoder(Protocol):
-    """What is measured: a :class:`capt.backbones.Backbone`, or anything with these two."""
-
-    @property
-    def image_features(self) -> Callable[[Tensor], Tensor]:
-        """Images float [B, 3, height, width] to features [B, E] of any length."""
-
-    @property
-    def text_features(self) -> Callable[[Sequence[str]], Tensor]:
-        """Texts to unit-norm features [N, E]."""
-
-
-class Functions(NamedTuple):
-    """Two functions as an :class:`Encoder`."""
-
-    image_features: Callable[[Tensor], Tensor]
-    text_features: Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -132,15 +113,29 @@ class CenterBiasResult:
         """Whether a bias to the center was shown."""
         return self.verdict == TO_CENTER
 
+    @property
+    def warnings(self) -> list[str]:
+        """Why "not shown" may say little: what the model does not recognise anywhere cannot be lost at the border."""
+        found = []
+        if self.single is not None and bootstrap(self.single.right.mean((1, 2))).low <= 1 / len(self.single.names):
+            found.append(
+                "lone objects are named no better than by chance, so their accuracy says nothing about positions; use "
+                "fewer cells, fill=1, or objects the model knows (recognised_objects)"
+            )
+        if self.pair is not None and self.pair.shares(self.pair.choice)["neither"] > 0.5:
+            found.append("in most pictures of two objects neither is found, so few are left to compete")
+        return found
+
     def record(self) -> dict[str, Any]:
         """Every number, for :func:`capt.files.write_json`."""
         layouts = {"single": self.single, "pair": self.pair, "full": self.full}
         return {
             "verdict": self.verdict,
             "level": self.level,
+            "warnings": self.warnings,
             "findings": {name: finding.record() for name, finding in self.findings.items()},
             **{name: found.record() if found else None for name, found in layouts.items()},
-            "positions": self.single.positions.record() if self.single else None,
+            "positions": located.positions.record() if (located := self.single or self.pair) else None,
             "settings": self.settings,
             "cost": dict(self.cost.__dict__),
         }
@@ -216,7 +211,7 @@ def measure_center_bias(
         raise CaptError(f"caption: found {caption!r}, expected '{{}}' once, for the name of the object")
     if not 0 < level < 1:
         raise CaptError(f"level: found {level}, expected a probability such as 0.01")
-    run = _Run(model, grid, batch_size)
+    run = SceneEncoder(model, grid, batch_size)
     positions = Positions.of(grid.grid, center_radius)
     single = _single(run, positions, caption) if "single" in layouts else None
     pair = _pair(run, positions, pairs, distractor) if "pair" in layouts else None
@@ -233,41 +228,47 @@ def measure_center_bias(
     return CenterBiasResult(single, pair, full, settings, level, cost)
 
 
-class _Run:
-    """Encodes scenes and texts, and counts what that takes."""
+def recognised_objects(
+    model: Encoder, grid: PositionGrid, n: int, *, caption: str = "a {}", batch_size: int = 64
+) -> Cutouts:
+    """The ``n`` objects of a grid that a model names best, chosen without favouring any position.
 
-    def __init__(self, model: Encoder, grid: PositionGrid, batch_size: int) -> None:
-        if batch_size < 1:
-            raise CaptError(f"batch_size: found {batch_size}, expected at least 1")
-        self.model, self.grid, self.batch_size = model, grid, batch_size
-        self.images = self.texts = 0
-        self.drawing = 0.0
+    Each object is shown in the middle and in the four corner cells, both counting equally, on grounds and in looks that
+    the grid itself does not use. So an encoder without a center bias does not get one by the choice.
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features float32 [N, E] on the CPU."""
-        self.texts += len(texts)
-        with torch.inference_mode():
-            return F.normalize(self.model.text_features(list(texts)).float(), dim=-1).cpu()
+    Args:
+        model: what will be measured.
+        grid: with more objects than wanted.
+        n: objects to keep.
+        caption: text of an object's name.
+        batch_size: images at a time.
 
-    def encode(self, scenes: Sequence[Scene], grid: PositionGrid | None = None) -> Tensor:
-        """Unit-norm features float32 [N, E] on the CPU."""
-        grid = grid or self.grid
-        found = []
-        for start in range(0, len(scenes), self.batch_size):
-            before = time.perf_counter()
-            images = grid.tensor(scenes[start : start + self.batch_size])
-            self.drawing += time.perf_counter() - before
-            with torch.inference_mode():
-                features = self.model.image_features(images).float()
-            found.append(F.normalize(features, dim=-1).cpu())
-        self.images += len(scenes)
-        features = torch.cat(found)
-        if not features.isfinite().all():
-            raise NumericError("image_features: NaN or Inf came back for pictures of the grid; check the model")
-        return features
+    Returns:
+        Cut-outs, best first: those with the highest cosine of their own name less the best other name.
+    """
+    if not 1 <= n <= len(grid.cutouts):
+        raise DataError(f"n: found {n}, expected 1 to {len(grid.cutouts)}, the objects of the grid")
+    other = replace(grid, seed=grid.seed + 1)
+    run = SceneEncoder(model, other, batch_size)
+    texts = run.encode_texts([caption.replace("{}", name) for name in grid.cutouts.names])
+    side = grid.cells - 1
+    corners = [0, side, grid.cells * side, grid.cells**2 - 1]
+    scores = []
+    for thing in range(len(grid.cutouts)):
+        scenes = [
+            other.single(thing, variant)[1 + cell]
+            for variant in range(other.variants)
+            for cell in (other.middle, *corners)
+        ]
+        found = run.encode(scenes) @ texts.T
+        own = found[:, thing].clone()
+        found[:, thing] = -torch.inf
+        margin = (own - found.amax(1)).unflatten(0, (-1, 5))
+        scores.append(float(margin[:, 0].mean() + margin[:, 1:].mean()))
+    return grid.cutouts.choose(np.argsort(-np.array(scores), kind="stable")[:n].tolist())
 
 
-def _single(run: _Run, positions: Positions, caption: str) -> Visibility:
+def _single(run: SceneEncoder, positions: Positions, caption: str) -> Visibility:
     grid, names = run.grid, run.grid.cutouts.names
     if len(names) < 2:
         raise DataError(f"cutouts: found {len(names)} object, expected at least 2 to be told apart")
@@ -292,7 +293,7 @@ def _single(run: _Run, positions: Positions, caption: str) -> Visibility:
 _MEANING = np.array([[BOTH, PERIPHERAL, CENTRAL, NEITHER], [BOTH, CENTRAL, PERIPHERAL, NEITHER]])
 
 
-def _pair(run: _Run, positions: Positions, n_pairs: int | None, distractor: str) -> Competition:
+def _pair(run: SceneEncoder, positions: Positions, n_pairs: int | None, distractor: str) -> Competition:
     grid, names = run.grid, run.grid.cutouts.names
     most = len(names) // 2
     n_pairs = most if n_pairs is None else n_pairs
@@ -332,7 +333,7 @@ def _last_caption(kind: str, names: Sequence[str], shown: tuple[int, int], gener
     return f"a {absent[first]} and a {absent[second]}"
 
 
-def _full(run: _Run, cells: int, center_radius: float, caption: str) -> Capacity:
+def _full(run: SceneEncoder, cells: int, center_radius: float, caption: str) -> Capacity:
     names = run.grid.cutouts.names
     n = cells**2
     if len(names) <= n:

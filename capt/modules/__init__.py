@@ -32,6 +32,7 @@ from capt.modules.long_tail_losses import (
 )
 from capt.modules.mgde import MultiGranularityDifferenceExpert
 from capt.modules.pair_prompts import PairPrompts, selectable_pairs
+from capt.modules.patch_pooling import PatchPooling, repooled
 from capt.modules.pooling_replacements import (
     blended,
     by_confidence,
@@ -72,9 +73,11 @@ from capt.modules.semantic_evidence import SemanticEvidence
 from capt.modules.sparse_concepts import SparseConcepts, nonnegative_lasso
 from capt.modules.stage_interaction import StageFusion, StageInteraction
 from capt.modules.text_span import TextSpan, text_span
+from capt.modules.visual_prompts import MARKERS, marked, marked_normalised
 from capt.modules.visual_semantic_interaction import VisualSemanticInteraction
 
 __all__ = [
+    "MARKERS",
     "AsymmetricLoss",
     "AttentionRows",
     "BinaryCrossEntropy",
@@ -94,6 +97,7 @@ __all__ = [
     "MassTransfer",
     "MultiGranularityDifferenceExpert",
     "PairPrompts",
+    "PatchPooling",
     "PatchPositions",
     "PoolingStages",
     "PoolingSweep",
@@ -133,6 +137,8 @@ __all__ = [
     "key_bias",
     "late_interaction",
     "long_tail_loss",
+    "marked",
+    "marked_normalised",
     "mean_ablated",
     "mean_of_tokens",
     "mean_of_values",
@@ -150,6 +156,7 @@ __all__ = [
     "redistributed",
     "redistributed_rows",
     "region_features",
+    "repooled",
     "ring_members",
     "rollout_matrix",
     "row_by_block",

@@ -6,17 +6,25 @@ import base64
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from capt.errors import CaptError, MissingDependencyError
 from capt.files import write_bytes, write_json
-from capt.report import compositional, content, multi_label
+from capt.report import bias, compositional, content, multi_label
 from capt.report.content import AnyData, data_of_run
 from capt.report.summary import markdown_table, read_summary, table_rows, verdict
 
-__all__ = ["data_of_run", "markdown_table", "read_summary", "table_rows", "verdict", "write_report"]
+__all__ = [
+    "data_of_run",
+    "markdown_table",
+    "read_summary",
+    "table_rows",
+    "verdict",
+    "write_bias_report",
+    "write_report",
+]
 
 _HERE = Path(__file__).parent
 #: By protocol of the run, what gathers its report, and the page; every other protocol has those of ``content``.
@@ -56,22 +64,11 @@ def write_report(
     for name, count in (("n_pairs (--pairs)", n_pairs), ("images_per_pair (--images)", images_per_pair)):
         if count < 0:
             raise CaptError(f"{name}: expected 0 or more, found {count}")
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("jinja2", "the HTML report", "report") from error
     run = Path(run)
     folder = Path(out) if out is not None else run / "report"
     kind, template = _KINDS.get(read_summary(run).get("protocol"), (content, "page.html"))
     shown = kind.gather(run, data, n_pairs=n_pairs, images_per_pair=images_per_pair, thumbs=folder / "thumbs")
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    # The page may load nothing but its own thumbnails and this one style sheet, whatever the data contain.
-    style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.get_template(template)
-    html = page.render(style=style, style_hash=style_hash, **shown)
+    html = render(template, shown)
     write_json(folder / "data.json", shown)
     _write_csv(
         folder / "summary.csv",
@@ -87,8 +84,43 @@ def write_report(
     for name, (header, rows) in kind.tables(shown).items():
         _write_csv(folder / name, header, rows)
     index = folder / "index.html"
-    write_bytes(index, html.encode("utf-8", "replace"))
+    write_bytes(index, html)
     return index
+
+
+def write_bias_report(run: str | Path) -> Path:
+    """Write ``report/index.html`` and ``report/data.json`` of a folder made by ``capt bias``; returns the page's path.
+
+    Raises:
+        DataError: no ``bias.json`` there.
+        DamagedFileError: it is not what was written.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    folder = Path(run) / "report"
+    shown = bias.gather(Path(run))
+    html = render("bias.html", shown)
+    write_json(folder / "data.json", shown)
+    write_bytes(folder / "index.html", html)
+    return folder / "index.html"
+
+
+def render(template: str, shown: Mapping[str, Any]) -> bytes:
+    """A page that may load nothing but its own pictures and one style sheet, whatever the data contain; UTF-8.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingDependencyError("jinja2", "the HTML report", "report") from error
+    style = (_HERE / "style.css").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page: str = environment.get_template(template).render(style=style, style_hash=style_hash, **shown)
+    return page.encode("utf-8", "replace")
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
