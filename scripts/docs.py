@@ -7,9 +7,10 @@ Between ``<!-- demo-table -->`` and ``<!-- /demo-table -->`` stands the result o
 docs/results/demo.json (its summary.json); between the ``drop-in`` marks, the marked lines of examples/drop_in.py, and
 between ``msci-lines`` in docs/msci.md those of examples/compositional.py, ``cprfl-lines`` in docs/cprfl.md of
 examples/multi_label.py. ``compositional-table`` in README.md is the first run of docs/results/compositional.json,
-``compositional`` in docs/results.md all of them; ``multi-label-table`` is that of docs/results/multi_label.json; ``center-bias`` in
-docs/center-bias.md is docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks hold what scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and
-``ablation`` the table of ``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
+``compositional`` in docs/results.md all of them; ``multi-label-table`` is that of docs/results/multi_label.json;
+``center-bias`` in docs/center-bias.md is docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks
+hold what scripts/tune_demo.py wrote, ``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of
+``capt ablate``. ``<!-- benchmarks -->`` in README.md holds the goals of
 benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in docs/kernels the rows of an op: one
 whose name, or whose file in benchmarks/, is OP.
 """
