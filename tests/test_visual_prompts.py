@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from capt.errors import CaptError
 from capt.modules.patch_pooling import PatchPooling, repooled
@@ -104,7 +105,9 @@ def test_a_repooled_backbone_gives_what_the_pooling_says_and_leaves_the_plain_on
     other = repooled(backbone, PatchPooling("mean token"))
     torch.testing.assert_close(other.image_features(images), mean_of_tokens(pooling, pooling.inputs(images)))
     mixed = repooled(backbone, PatchPooling("mean of tokens", 0.3)).image_features(images)
-    assert not torch.allclose(mixed, torch.nn.functional.normalize(before, dim=-1), atol=1e-4)
+    alone = repooled(backbone, PatchPooling("mean of tokens")).image_features(images)
+    expected = 0.7 * F.normalize(before, dim=-1) + 0.3 * F.normalize(alone, dim=-1)
+    torch.testing.assert_close(mixed, F.normalize(expected, dim=-1))
     assert torch.equal(backbone.image_features(images), before)
     assert (
         len({one.fingerprint() for one in (backbone, other, repooled(backbone, PatchPooling("mean token", 0.3)))}) == 3
