@@ -131,7 +131,7 @@ class Visibility:
     @cached_property
     def right(self) -> NDArray[np.bool_]:
         """bool [K, V, P]."""
-        return self.predicted == np.arange(len(self.names))[:, None, None]
+        return np.asarray(self.predicted == np.arange(len(self.names))[:, None, None])
 
     @cached_property
     def profile(self) -> FloatArray:

@@ -247,7 +247,7 @@ def distance_trend(
     rows, place = np.unique(np.stack([member, *columns], 1)[keep], axis=0, return_inverse=True)
     total = np.bincount(place.reshape(-1), minlength=len(rows)).astype(np.float64)
     hits = np.bincount(place.reshape(-1), outcome[keep], len(rows))
-    own = np.unique(rows[:, 0], return_inverse=True)[1]
+    own = np.unique(rows[:, 0], return_inverse=True)[1].astype(np.int64)
     slopes = _logistic(rows[:, 1:], own, hits, total, penalty)
     n = int(mixed.sum())
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)[:, own]
