@@ -246,8 +246,8 @@ def distance_trend(
     # Equal rows of one object are one row with a count, which makes the bootstrap cheap.
     rows, place = np.unique(np.stack([member, *columns], 1)[keep], axis=0, return_inverse=True)
     total = np.bincount(place.reshape(-1), minlength=len(rows)).astype(np.float64)
-    hits = np.bincount(place.reshape(-1), outcome[keep], len(rows))
-    own = np.unique(rows[:, 0], return_inverse=True)[1].astype(np.int64)
+    hits = np.bincount(place.reshape(-1), outcome[keep], len(rows)).astype(np.float64)
+    own = np.unique(rows[:, 0], return_inverse=True)[1]
     slopes = _logistic(rows[:, 1:], own, hits, total, penalty)
     n = int(mixed.sum())
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)[:, own]
