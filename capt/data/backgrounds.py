@@ -90,8 +90,7 @@ def _axes(hw: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
 
 def _pixels(values: NDArray[Any]) -> Canvas:
-    pixels: Canvas = np.rint(values.clip(0, 255)).astype(np.uint8)
-    return pixels
+    return np.asarray(np.rint(values.clip(0, 255)), np.uint8)
 
 
 def _photographs(path: Path) -> Background:

@@ -57,8 +57,7 @@ class Cells(NamedTuple):
     def ring_number(self) -> NDArray[np.int64]:
         """Rows or columns, whichever are more, to the middle cell, int64 [G*G]."""
         steps = abs(np.arange(len(self.tops)) - len(self.tops) // 2)
-        rings: NDArray[np.int64] = np.maximum(steps[:, None], steps[None]).reshape(-1)
-        return rings
+        return np.asarray(np.maximum(steps[:, None], steps[None]).reshape(-1))
 
 
 def place_cells(
@@ -126,5 +125,4 @@ def _starts(length: int, step: float, n: int, side: int) -> NDArray[np.int64]:
     first = (length - side - (n - 1) * step) / 2
     # A half pixel is cut off everywhere alike; the last object may end at the edge, never behind it.
     starts = np.floor(first + step * np.arange(n) + 1e-9).astype(np.int64)
-    clipped: NDArray[np.int64] = np.clip(starts, 0, length - side)
-    return clipped
+    return np.asarray(np.clip(starts, 0, length - side))

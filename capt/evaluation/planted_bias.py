@@ -78,8 +78,7 @@ class PlantedBias:
     @property
     def _colours(self) -> NDArray[np.uint8]:
         grid = np.stack(np.meshgrid(_LEVELS, _LEVELS, _LEVELS, indexing="ij"), -1).reshape(-1, 3)
-        colours: NDArray[np.uint8] = grid[(grid != 128).any(1)][: self.n].astype(np.uint8)
-        return colours
+        return np.asarray(grid[(grid != 128).any(1)][: self.n], np.uint8)
 
     def grid(self, cells: int | None = None, **options: object) -> PositionGrid:
         """A position grid for it: plain grey ground, one look, one cell a patch unless ``cells`` says otherwise."""

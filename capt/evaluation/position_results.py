@@ -131,8 +131,7 @@ class Visibility:
     @cached_property
     def right(self) -> NDArray[np.bool_]:
         """bool [K, V, P]."""
-        right: NDArray[np.bool_] = self.predicted == np.arange(len(self.names))[:, None, None]
-        return right
+        return np.asarray(self.predicted == np.arange(len(self.names))[:, None, None])
 
     @cached_property
     def profile(self) -> FloatArray:
