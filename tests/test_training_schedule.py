@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from capt.errors import CaptError
 from capt.methods.cprfl_config import CPRFLConfig
 from capt.training import TrainingOptions, WeightAverage, train
-from capt.training.loop import RawEpsAdamW
+from capt.training.loop import RawEpsAdamW, _optimizer, _schedule
 
 
 def descend(options: TrainingOptions, parameters: list[nn.Parameter], n: int = 4, path=None) -> None:
@@ -152,22 +152,29 @@ def half_cosine(start: float, end: float, share: float) -> float:
 @pytest.mark.parametrize("n_images, total", [(1909, 9600), (1142, 5760)])
 def test_25_one_cycle_of_the_published_length(n_images, total):
     options = replace(CPRFLConfig().training, epochs=80, batch_size=16, lr=5e-5)
-    with watched() as steps:
-        descend(options, [nn.Parameter(torch.zeros(1))], n_images)
-    assert len(steps) == total
-    rates, momenta = ([step[1][key] for step in steps] for key in ("lr", "betas"))
+    with watched() as steps:  # the first of 80 epochs
+        descend(replace(options, stop_epoch=1), [nn.Parameter(torch.zeros(1))], n_images)
+    found = [(step[1]["lr"], step[1]["betas"]) for step in steps]
+    assert len(found) == total // 80
+    optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": 5e-5}], options)
+    schedule, whole = _schedule(optimizer, options, total // 80), []
+    for _ in range(total):
+        (group,) = optimizer.param_groups
+        whole.append((group["lr"], group["betas"]))
+        optimizer.step()  # without a gradient
+        schedule.step()
+    assert found == whole[: len(found)]
     turn = 0.1 * total - 1
-    for i in range(0, total, 7):
-        rise, fall = i / turn, (i - turn) / (total - 1 - turn)
-        rate = half_cosine(2e-6, 5e-5, rise) if i <= turn else half_cosine(5e-5, 2e-10, fall)
-        momentum = half_cosine(0.95, 0.85, rise) if i <= turn else half_cosine(0.85, 0.95, fall)
-        assert rates[i] == pytest.approx(rate, rel=1e-9) and momenta[i] == (pytest.approx(momentum, rel=1e-9), 0.999)
+    for i, (rate, momenta) in enumerate(whole):
+        rising, rise, fall = i <= turn, i / turn, (i - turn) / (total - 1 - turn)
+        want = half_cosine(2e-6, 5e-5, rise) if rising else half_cosine(5e-5, 2e-10, fall)
+        momentum = half_cosine(0.95, 0.85, rise) if rising else half_cosine(0.85, 0.95, fall)
+        assert (rate, *momenta) == pytest.approx((want, momentum, 0.999), rel=1e-9)
     if total == 9600:
         published = {
             0: 2e-6, 959: 5e-5, 1200: 4.9904e-5, 1800: 4.8840e-5, 4800: 2.9332e-5, 9479: 2.40e-8, 9599: 2e-10,
         }  # fmt: skip
-        for i, rate in published.items():
-            assert rates[i] == pytest.approx(rate, rel=2e-3)
+        assert [whole[i][0] for i in published] == pytest.approx(list(published.values()), rel=2e-3)
 
 
 @pytest.mark.parametrize("total", range(1, 8))
