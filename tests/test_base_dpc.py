@@ -160,9 +160,15 @@ def test_new_classes_are_judged_by_the_untuned_model(tmp_path):
             parameter.add_(torch.randn_like(parameter))
         model.finish()
         zero_shot = make_base("zero-shot", backbone(), CLASSES)
-        assert torch.equal(model(images, NEW), zero_shot(images, NEW))
+        # Two models hold two copies of their texts: products may differ in the last bit.
+        torch.testing.assert_close(model(images, NEW), zero_shot(images, NEW), rtol=1e-6, atol=1e-6)
         assert isinstance(model.for_classes(NEW), ZeroShot) and model.for_classes(MIXED) is model
-        assert torch.equal(model.class_text_features(NEW), backbone().class_text_features(NEW))
+        torch.testing.assert_close(
+            model.class_text_features(NEW),
+            backbone().class_text_features(NEW),
+            rtol=1e-6,
+            atol=1e-6,
+        )
         for names in (CLASSES, MIXED):
             tuned = F.normalize(model.features(model.inputs(images)), dim=-1)
             expected = model.logit_scale * tuned @ model.text(backbone(), names).T
