@@ -11,8 +11,8 @@ docs/results/compositional.json, ``compositional`` in docs/results.md all of the
 ``multi-label`` are the same of docs/results/multi_label.json; ``center-bias`` in docs/center-bias.md is
 docs/results/center_bias.json. In docs/results.md, the ``tuning-table`` marks hold what scripts/tune_demo.py wrote,
 ``base-models`` what scripts/base_models.py wrote, and ``ablation`` the table of ``capt ablate``.
-``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ... ``<!-- end -->`` in
-docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
+``<!-- benchmarks -->`` in README.md holds the goals of benchmarks/results/cpu.json, and ``<!-- benchmark: OP -->`` ...
+``<!-- end -->`` in docs/kernels the rows of an op: one whose name, or whose file in benchmarks/, is OP.
 """
 
 from __future__ import annotations
