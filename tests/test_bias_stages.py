@@ -12,7 +12,8 @@ from capt.data.cutouts import Cutouts, drawn_shapes
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError
 from capt.evaluation.concept_survival import concept_scores
-from capt.methods.bias_stages import STAGES, explain_center_bias
+from capt.methods.bias.explanation import explain_center_bias
+from capt.methods.bias.stages import STAGES
 from tests.planted_tower import planted
 from tests.pooled_towers import CLASS_TOKEN, KINDS, wrapped
 
@@ -55,7 +56,7 @@ def test_the_parts_of_a_loss_add_up_to_it_and_to_the_margins():
         parts = loss.before.effect.estimate + loss.pooling.effect.estimate
         assert parts == pytest.approx(loss.total.effect.estimate, abs=1e-9)
     center = found.positions.center
-    for stage, part in (("final", found.visibility.total), ("oracle", found.visibility.before)):
+    for stage, part in (("final", found.visibility.total), ("even", found.visibility.before)):
         margins = found.margins[stage].mean(0)
         assert margins[center].mean() - margins[~center].mean() == pytest.approx(part.effect.estimate, abs=1e-5)
 
@@ -76,17 +77,16 @@ def test_survival_and_vanishing_are_those_of_the_construction():
 
 def test_chance_is_that_of_names_that_are_not_shown():
     found = explained(planted(N, patches=3, beta=0.0, ground=0.1, token_noise=50.0), best=5)
-    for stage in ("mean", "oracle", "final"):  # tokens of nothing but noise
+    for stage in ("mean", "even", "oracle", "final"):  # tokens of nothing but noise
         assert found.survival[stage].mean() == pytest.approx(found.chance[stage].mean(), abs=0.12)
         assert found.chance[stage].mean() == pytest.approx(5 / N, abs=0.05)
     assert found.chance["single"].mean() >= found.chance["final"].mean() - 0.05
 
 
-def test_an_unbiased_tower_raises_at_most_5_alarms_in_100_seeds():
+def test_an_unbiased_tower_raises_at_most_10_alarms_in_200_seeds():
     alarms, margins = 0, []
     for seed in range(200):
-        backbone = planted(14, patches=3, beta=0.0, ground=0.1, token_noise=0.4, seed=seed)
-        found = explained(backbone, level=0.05)
+        found = explained(planted(N, patches=3, beta=0.0, ground=0.1, token_noise=0.4, seed=seed))
         alarms += found.diagnosis != "none"
         margins.append(found.visibility.total.effect.high - found.visibility.total.effect.low)
     assert alarms <= 10
@@ -109,11 +109,12 @@ def real_grid(backbone) -> PositionGrid:
 
 def with_words(name):
     from capt import wrap
-    from tests.backbone_models import hf_siglip, word_tokenizer
+    from tests.backbone_models import hf_clip, hf_siglip, word_tokenizer
 
-    if name != "transformers SigLIP":
+    if not name.startswith("transformers"):
         return wrapped(name)
-    return wrap(hf_siglip().double(), word_tokenizer())
+    torch.manual_seed(0)
+    return wrap((hf_siglip() if "SigLIP" in name else hf_clip(64, eos=63)).double(), word_tokenizer())
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -15,7 +15,7 @@ from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation.center_bias import NOT_SHOWN, TO_CENTER, measure_center_bias
 from capt.evaluation.position_results import Positions
 from capt.evaluation.preprocessing_check import check_preprocessing
-from capt.methods.bias_members import (
+from capt.methods.bias.members import (
     Member,
     ShuffledBias,
     family,
@@ -24,7 +24,8 @@ from capt.methods.bias_members import (
     save_member,
     shuffled,
 )
-from capt.methods.bias_mitigation import SCORES, _Trial, mitigate_center_bias
+from capt.methods.bias.mitigation import mitigate_center_bias
+from capt.methods.bias.trial import SCORES, Trial, cosines
 from capt.modules import MassTransfer, PriorCancellation, RadialBias, Temperature, UniformMixture, attention_prior
 from capt.modules.key_groups import CenterGroups
 from capt.modules.patch_pooling import PatchPooling
@@ -106,16 +107,16 @@ def test_a_member_that_costs_too_much_in_the_center_is_not_chosen():
 def test_what_is_scored_is_what_the_changed_backbone_gives(name):
     backbone = with_words(name)
     grid = real_grid(backbone)
-    trial = _Trial(backbone, grid, "a {}", Positions.of(grid.grid, 0.1))
+    trial = Trial(backbone, grid, "a {}", Positions.of(grid.grid, 0.1))
     members = family(trial.pooling, trial.prior())
     images = trial.images(grid.single(1, 0)[1:4])
     with torch.no_grad():
-        rows = list(trial._scores(trial.pooling.inputs(images), members, trial.texts))
+        rows = list(trial.scores(trial.pooling.inputs(images), members, trial.texts))
         assert len(rows) == 1 + len(members) + len(SCORES)
         for member, scores in zip(members, rows[1:], strict=False):
             features = member.apply(backbone).image_features(images)
-            torch.testing.assert_close(trial._cosines(features, trial.texts), scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(trial._cosines(backbone.image_features(images), trial.texts), rows[0])
+            torch.testing.assert_close(cosines(features, trial.texts), scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(cosines(backbone.image_features(images), trial.texts), rows[0])
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -215,15 +216,15 @@ def test_too_few_objects_are_refused():
 
 
 def test_a_crop_that_cuts_objects_off_is_told_from_a_bias_of_the_encoder():
-    backbone = planted(8, patches=5, beta=0.0, ground=0.1)
+    backbone = planted(8, patches=7, beta=0.0, ground=0.1)
     half = (0.5, 0.5, 0.5)
     backbone.preprocess = EvalTransform(backbone.image_hw, half, half, resize_mode="shortest")
-    found = check_preprocessing(backbone, backbone.plan.grid(5, fill=1.0))
-    visible = found.visible["native"].reshape(5, 5)
-    assert (visible[:, 1:4] == 1).all() and (visible[:, [0, 4]] < 0.5).all()
+    found = check_preprocessing(backbone, backbone.plan.grid(7, fill=1.0))
+    visible = found.visible["native"].reshape(7, 7)
+    assert (visible[:, 1:6] == 1).all() and (visible[:, [0, 6]] < 0.25).all()
     assert (found.visible["squash"] == 1).all() and (found.visible["pad"] == 1).all()
-    seen = found.right["native"].mean(0).reshape(5, 5)
-    assert seen[:, 1:4].min() == 1 and seen[:, [0, 4]].max() < 1
+    seen = found.right["native"].mean(0).reshape(7, 7)
+    assert seen[:, 1:6].min() == 1 and seen[:, [0, 6]].max() < 1
     record = found.record()["preprocessing"]
     assert record["native"]["gap"]["estimate"] > 0.2
     assert found.right["squash"].mean() == 1 and found.encoder_gap == 0

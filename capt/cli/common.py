@@ -52,7 +52,7 @@ class ModelOptions:
 
     def _open_mitigated(self, run: Path) -> Backbone:
         """The model that a mitigation was made for, with its change."""
-        from capt.methods.bias_members import load_member, read_stored
+        from capt.methods.bias.members import load_member, read_stored
 
         opened = read_stored(run).get("opened_with", {})
         if not isinstance(opened.get("model"), str):

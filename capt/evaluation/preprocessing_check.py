@@ -96,7 +96,8 @@ def check_preprocessing(
         progress: called with what is done, how far, of how many.
     """
     height, width = grid.image_hw
-    wide = replace(grid, image_hw=(height, round(_WIDE * width)), replicates=1, placement="random")
+    # Patches of one pixel: cells spread evenly, and nothing is shifted.
+    wide = replace(grid, image_hw=(height, round(_WIDE * width)), patch_hw=(1, 1), replicates=1, placement="random")
     positions = Positions.of(wide.grid, center_radius)
     names = grid.cutouts.names
     texts = backbone.text_features([caption.replace("{}", name) for name in names]).float()

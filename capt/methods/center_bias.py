@@ -13,9 +13,9 @@ from capt.errors import CaptError
 from capt.evaluation.center_bias import LAYOUTS, CenterBiasResult, measure_center_bias
 from capt.evaluation.preprocessing_check import PreprocessingCheck, check_preprocessing
 from capt.evaluation.whats_up import WhatsUpResult, score_photographs
-from capt.methods.bias_members import Member
-from capt.methods.bias_mitigation import Mitigation, mitigate_center_bias
-from capt.methods.bias_stages import Explanation, explain_center_bias
+from capt.methods.bias.explanation import Explanation, explain_center_bias
+from capt.methods.bias.members import Member
+from capt.methods.bias.mitigation import Mitigation, mitigate_center_bias
 
 Progress = Callable[[str, int, int], None]
 
@@ -101,13 +101,13 @@ class CenterBias:
         return score_photographs(self.backbone, folder)
 
     def explain(self, level: float = 0.01) -> Explanation:
-        """Where objects are lost, see :func:`capt.methods.bias_stages.explain_center_bias`."""
+        """Where objects are lost, see :func:`capt.methods.bias.explanation.explain_center_bias`."""
         return explain_center_bias(self.backbone, self.grid(), level=level, progress=self.progress, **self._asked)
 
     def mitigate(
         self, members: Sequence[Member] | None = None, *, level: float = 0.05, region_objects: int = 4
     ) -> Mitigation:
-        """What helps on objects it was not chosen on, see :func:`capt.methods.bias_mitigation.mitigate_center_bias`."""
+        """What helps on objects it was not chosen on, see :func:`capt.methods.bias.mitigation.mitigate_center_bias`."""
         grid = self.grid(len(self.cutouts))
         return mitigate_center_bias(
             self.backbone, grid, members=members, level=level, region_objects=region_objects, progress=self.progress,

@@ -110,6 +110,8 @@ def entropy(rows: Tensor) -> Tensor:
 def position_share(rows: Tensor) -> Tensor:
     """Part of the variance of log weights that the position alone explains, whatever the picture: [layers, H].
 
+    NaN where all weights are equal and nothing is left to explain.
+
     Args:
         rows: [B, layers, H, N] of at least two images.
     """
@@ -118,7 +120,9 @@ def position_share(rows: Tensor) -> Tensor:
     logs = rows.clamp_min(1e-30).log()
     between = logs.mean(0).var(-1, correction=0)
     total = logs.movedim(0, -2).flatten(-2).var(-1, correction=0)
-    return between / total.clamp_min(1e-30)
+    # Logs of equal weights differ by rounding.
+    rounding = (8 * torch.finfo(logs.dtype).eps * logs.abs().amax()) ** 2
+    return torch.where(total > rounding, between / total, torch.nan)
 
 
 def _center(rows: Tensor, grid: tuple[int, int], radius: float) -> Tensor:

@@ -23,6 +23,7 @@ class PoolingStages(NamedTuple):
         values: [B, N, d], what each patch offers to the pooling row, alone: no mixing, no residual.
         single: [B, N, d], the pooling row with all its weight on one patch.
         mean: [B, d], the mean of the final patch tokens, pooled.
+        even: [B, d], the pooling row with the same weight on every patch.
         oracle: [B, d], the pooling row restricted to the object's patches; None without a mask.
         final: [B, d], the feature.
 
@@ -33,6 +34,7 @@ class PoolingStages(NamedTuple):
     values: Tensor
     single: Tensor
     mean: Tensor
+    even: Tensor
     oracle: Tensor | None
     final: Tensor
 
@@ -54,6 +56,7 @@ def pooling_stages(pooling: Pooling, inputs: Tensor, objects: Tensor | None = No
         values=value_tokens(pooling, inputs),
         single=single_patch(pooling, inputs),
         mean=tower.project_tokens(patches.mean(1, keepdim=True))[:, 0],
+        even=even_row(pooling, inputs),
         oracle=None if objects is None else oracle(pooling, inputs, objects),
         final=tower.project(done),
     )
@@ -68,6 +71,11 @@ def single_patch(pooling: Pooling, inputs: Tensor) -> Tensor:
     """Features [B, N, d] with the whole pooling row on one patch."""
     values = pooling.values(inputs)[:, -pooling.n_patches :]
     return pooling.features(values.movedim(1, 0), inputs).movedim(0, 1)
+
+
+def even_row(pooling: Pooling, inputs: Tensor) -> Tensor:
+    """Features [B, d] with the same weight of the pooling row on every patch: no weight depends on a place."""
+    return pooling.features(pooling.values(inputs)[:, -pooling.n_patches :].mean(1), inputs)
 
 
 def oracle(pooling: Pooling, inputs: Tensor, objects: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _MAPS = (
 )
 _STAGES = {
     "tokens": "a patch token", "values": "a patch value", "single": "one patch pooled", "mean": "mean of tokens",
-    "oracle": "object's patches pooled", "final": "feature",
+    "even": "equal weights", "oracle": "object's patches pooled", "final": "feature",
 }  # fmt: skip
 _ROWS = 14
 
