@@ -49,6 +49,7 @@ class StageReader:
         self.pooling: Pooling = backbone.tower.pooling()
 
     def images(self, scenes: list[Scene]) -> Tensor:
+        """Normalised pictures of scenes on the model's device, [B, 3, height, width]."""
         return self.grid.tensor(scenes).to(device=self.backbone.device, dtype=self.backbone.dtype)
 
     def masks(self, scenes: list[Scene]) -> Tensor:

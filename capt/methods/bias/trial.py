@@ -74,6 +74,7 @@ class Trial:
         self.texts = backbone.text_features([caption.replace("{}", name) for name in self.names])
 
     def images(self, scenes: Sequence[Scene]) -> Tensor:
+        """Normalised pictures of scenes on the model's device, [B, 3, height, width]."""
         return self.grid.tensor(scenes).to(device=self.backbone.device, dtype=self.backbone.dtype)
 
     @torch.no_grad()
