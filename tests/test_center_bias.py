@@ -15,6 +15,7 @@ from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError, DataError, NumericError
 from capt.evaluation.center_bias import (
     NOT_SHOWN,
+    NOT_TOLD,
     TO_BORDER,
     TO_CENTER,
     measure_center_bias,
@@ -172,7 +173,7 @@ def test_first_noun_preference_does_not_look_like_a_center_bias():
 def test_a_model_that_recognises_nothing_is_not_called_unbiased_without_a_word():
     model = PlantedBias(12, patches=5, patch=4, beta=3.0, ground=50.0, noise=5.0)
     found = measure_center_bias(model, model.grid(5), layouts=["single", "pair"])
-    assert found.verdict == NOT_SHOWN and "no better than by chance" in found.warnings[0]
+    assert found.verdict == NOT_TOLD and "no better than by chance" in found.warnings[0]
     assert found.record()["warnings"] == found.warnings
     assert not measure_center_bias(PlantedBias(12), PlantedBias(12).grid(5), layouts=["single"]).warnings
 

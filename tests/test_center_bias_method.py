@@ -191,15 +191,41 @@ def test_the_class_runs_all_three_and_its_backbone_is_one():
         backbone,
         cutouts,
         n=4,
+        candidates=8,
         cells=3,
         backgrounds=("grey",),
         center_radius=0.1,
         progress=lambda *step: told.append(step),
     )
-    assert bias.measure().settings["grid"]["objects"]["names"] == list(WORDS[:4])
+    names = bias.measure().settings["grid"]["objects"]["names"]
+    assert len(names) == 4 and set(names) < set(WORDS) and names == list(bias.cutouts.names[:4])
     assert len(bias.explain().margins["final"]) == 4
     assert bias.mitigate(region_objects=0).settings["held_out_objects"] == 4
     assert {"stages of lone objects", "held-out objects"} <= {what for what, _, _ in told}
+
+
+def test_objects_are_those_that_the_model_knows_and_without_choice_the_first():
+    from capt.data.cutouts import Cutouts
+
+    backbone = planted(8, patches=5, beta=0.0)
+    plan = backbone.plan.cutouts
+    known = backbone.plan.text_features
+
+    def knows_half(texts):
+        features = known([texts] if isinstance(texts, str) else list(texts))
+        for row, text in zip(features, texts, strict=True):
+            if int(text.split()[-1]) < 4:
+                row[:] = 0
+                row[-1] = 1
+        return features
+
+    backbone.text_features = knows_half
+    options = {"n": 4, "cells": 5, "backgrounds": ("grey",)}
+    assert set(capt.CenterBias(backbone, plan, **options).grid().cutouts.names) == set(plan.names[4:])
+    first = capt.CenterBias(backbone, plan, candidates=4, **options)
+    assert first.cutouts.names == plan.names[:4]
+    few = capt.CenterBias(backbone, Cutouts(plan.names[:3], plan.pictures[:3]), **options)
+    assert few.n == 3 and few.grid().cutouts.names == plan.names[:3]
 
 
 def test_too_few_objects_are_refused():
@@ -208,6 +234,8 @@ def test_too_few_objects_are_refused():
         mitigate_center_bias(backbone, backbone.plan.grid(3), center_radius=0.1)
     with pytest.raises(CaptError, match="at least 2"):
         capt.CenterBias(backbone, n=1)
+    with pytest.raises(CaptError, match="candidates: found 3, expected at least the 4"):
+        capt.CenterBias(backbone, n=4, candidates=3)
     with pytest.raises(CaptError, match="neither 'emoji' nor 'shapes'"):
         capt.CenterBias(backbone, "nowhere")
 

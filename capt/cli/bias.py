@@ -27,6 +27,8 @@ class BiasOptions:
     """'emoji' (shipped), 'shapes' (drawn), or a folder of pictures with transparency, one sub-folder an object."""
     n: int = 20
     """Objects that are measured and explained; mitigate takes twice as many where there are as many."""
+    candidates: int | None = None
+    """Objects are those the model names best among so many; by default three times n; n: no choice."""
     cells: int = 5
     """Positions along each side, odd."""
     backgrounds: tuple[str, ...] = ("grey", "noise")
@@ -158,7 +160,7 @@ def _run(
     took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     about = {
         "name": backbone.name, "fingerprint": backbone.fingerprint(), "model": model.model,
-        "pretrained": model.pretrained, "seed": pictures.seed,
+        "pretrained": model.pretrained, "seed": pictures.seed, "pictures": vars(pictures),
     }  # fmt: skip
     record = {**kept, "schema": 1, "model": about, **parts, "took": {**kept.get("took", {}), step: took}}
     write_json(out / FILE, record)

@@ -32,6 +32,7 @@ FloatArray = NDArray[np.float64]
 Layout = Literal["single", "pair", "full"]
 LAYOUTS: tuple[Layout, ...] = ("single", "pair", "full")
 NOT_SHOWN = "not shown to be biased"
+NOT_TOLD = "cannot be told: objects are named no better than by chance"
 TO_CENTER = "biased to the center"
 TO_BORDER = "biased to the border"
 
@@ -104,9 +105,10 @@ class CenterBiasResult:
 
     @property
     def verdict(self) -> str:
-        """The strongest of the findings' verdicts: to the center, to the border, or not shown."""
+        """The strongest of the findings' verdicts: to the center, to the border, or not shown; or it cannot be told."""
         verdicts = {finding.verdict for finding in self.findings.values()}
-        return next((one for one in (TO_CENTER, TO_BORDER) if one in verdicts), NOT_SHOWN)
+        nothing = NOT_TOLD if self.at_chance else NOT_SHOWN
+        return next((one for one in (TO_CENTER, TO_BORDER) if one in verdicts), nothing)
 
     @property
     def biased(self) -> bool:
@@ -114,13 +116,18 @@ class CenterBiasResult:
         return self.verdict == TO_CENTER
 
     @property
+    def at_chance(self) -> bool:
+        """Whether lone objects are named no better than by chance, so that there is nothing to lose at the border."""
+        return self.single is not None and bootstrap(self.single.right.mean((1, 2))).low <= 1 / len(self.single.names)
+
+    @property
     def warnings(self) -> list[str]:
         """Why "not shown" may say little: what the model does not recognise anywhere cannot be lost at the border."""
         found = []
-        if self.single is not None and bootstrap(self.single.right.mean((1, 2))).low <= 1 / len(self.single.names):
+        if self.at_chance:
             found.append(
                 "lone objects are named no better than by chance, so their accuracy says nothing about positions; use "
-                "fewer cells, fill=1, or objects the model knows (recognised_objects)"
+                "fewer cells, larger objects (fill=1), or objects the model knows, chosen among more candidates"
             )
         if self.pair is not None and self.pair.shares(self.pair.choice)["neither"] > 0.5:
             found.append("in most pictures of two objects neither is found, so few are left to compete")

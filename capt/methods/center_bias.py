@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from capt.backbones import Backbone
 from capt.data.cutouts import Cutouts, drawn_shapes, emoji_cutouts, read_cutouts
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError
-from capt.evaluation.center_bias import LAYOUTS, CenterBiasResult, measure_center_bias
+from capt.evaluation.center_bias import LAYOUTS, CenterBiasResult, measure_center_bias, recognised_objects
 from capt.evaluation.preprocessing_check import PreprocessingCheck, check_preprocessing
 from capt.evaluation.whats_up import WhatsUpResult, score_photographs
 from capt.methods.bias.explanation import Explanation, explain_center_bias
@@ -30,7 +31,7 @@ class CenterBias:
 
     Attributes:
         backbone: the model, left as it is.
-        cutouts: all objects; the first ``n`` of them are measured and explained, all of them mitigate.
+        candidates: objects to choose from.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CenterBias:
         objects: Cutouts | str | Path = "emoji",
         *,
         n: int = 20,
+        candidates: int | None = None,
         cells: int = 5,
         backgrounds: Sequence[str | Path] = ("grey", "noise"),
         replicates: int = 1,
@@ -52,7 +54,11 @@ class CenterBias:
         Args:
             backbone: the model.
             objects: "emoji" (shipped), "shapes" (drawn), a folder with a sub-folder of cut-outs an object, or cut-outs.
-            n: objects that are measured; twice as many, where there are as many, mitigate: half choose, half test.
+            n: objects that are measured, all where there are fewer; twice as many, where there are as many, mitigate:
+                half choose, half test.
+            candidates: the objects are those that the model names best among the first so many, since one that is
+                recognised nowhere cannot be lost anywhere; ``n``: no choice; by default three times ``n``, where there
+                are as many. The choice favours no position, and its pictures are not used again.
             cells: along each side of the grid, odd.
             backgrounds: see :func:`capt.data.backgrounds.background`.
             replicates: pictures on every ground.
@@ -63,21 +69,36 @@ class CenterBias:
 
         Raises:
             CaptError: fewer than 2 objects asked for, or no such kind.
-            DataError: more than there are, or a folder that cannot be read.
+            DataError: more emoji or shapes than there are, or a folder that cannot be read.
         """
         if n < 2:
             raise CaptError(f"n: found {n}, expected at least 2 objects to be told apart")
-        self.backbone, self.n, self.progress = backbone, n, progress
-        self.cutouts = _cutouts(objects, n, seed)
+        if candidates is not None and candidates < n:
+            raise CaptError(f"candidates: found {candidates}, expected at least the {n} objects that are chosen")
+        self.backbone, self.progress = backbone, progress
+        self.candidates = _candidates(objects, n, candidates, seed)
+        self.n = min(n, len(self.candidates))
         self._options: dict[str, Any] = {
             "cells": cells, "backgrounds": tuple(backgrounds), "replicates": replicates, "seed": seed,
         }  # fmt: skip
         self._asked: dict[str, Any] = {"center_radius": center_radius, "caption": caption}
 
+    @cached_property
+    def cutouts(self) -> Cutouts:
+        """The objects, those that the model names best first; ``n`` are measured and explained, 2 ``n`` mitigate."""
+        found, keep = self.candidates, min(2 * self.n, len(self.candidates))
+        if len(found) == self.n:
+            return found
+        if self.progress:
+            self.progress("choice of objects", 0, 1)
+        return recognised_objects(self.backbone, self._grid(found), keep, caption=self._asked["caption"])
+
     def grid(self, n: int | None = None) -> PositionGrid:
         """Positions for the first ``n`` objects (by default, those that are measured)."""
-        chosen = self.cutouts.choose(range(min(n or self.n, len(self.cutouts))))
-        return PositionGrid.for_backbone(self.backbone, chosen, **self._options)
+        return self._grid(self.cutouts.choose(range(min(n or self.n, len(self.cutouts)))))
+
+    def _grid(self, cutouts: Cutouts) -> PositionGrid:
+        return PositionGrid.for_backbone(self.backbone, cutouts, **self._options)
 
     def measure(
         self, layouts: Sequence[Literal["single", "pair", "full"]] | None = None, level: float = 0.01
@@ -115,16 +136,20 @@ class CenterBias:
         )  # fmt: skip
 
 
-def _cutouts(objects: Cutouts | str | Path, n: int, seed: int) -> Cutouts:
-    if isinstance(objects, Cutouts):
-        return objects
+def _candidates(objects: Cutouts | str | Path, n: int, wanted: int | None, seed: int) -> Cutouts:
     makers: dict[Any, Callable[..., Cutouts]] = {"emoji": emoji_cutouts, "shapes": drawn_shapes}
-    if objects in makers:
-        try:
-            return makers[objects](2 * n, seed=seed)
-        except CaptError:  # not twice as many; fewer than n are refused
-            return makers[objects](n, seed=seed)
-    folder = Path(objects)
-    if not folder.is_dir():
-        raise CaptError(f"objects: {str(objects)!r} is neither 'emoji' nor 'shapes', nor a folder of cut-outs")
-    return read_cutouts(folder)
+    if isinstance(objects, str) and objects in makers:
+        if wanted is not None:
+            return makers[objects](wanted, seed=seed)
+        for times in (3, 2):
+            try:
+                return makers[objects](times * n, seed=seed)
+            except CaptError:  # not as many; fewer than n are refused
+                pass
+        return makers[objects](n, seed=seed)
+    if not isinstance(objects, Cutouts):
+        folder = Path(objects)
+        if not folder.is_dir():
+            raise CaptError(f"objects: {str(objects)!r} is neither 'emoji' nor 'shapes', nor a folder of cut-outs")
+        objects = read_cutouts(folder)
+    return objects.choose(range(min(wanted or 3 * n, len(objects))))

@@ -49,6 +49,7 @@ def words(found: Mapping[str, Any]) -> list[str]:
     sentences = []
     if measured := found.get("measure"):
         sentences.append(f"{found['model']['name']}: {measured['verdict']} (tests at {measured['level']:g}).")
+        sentences += [f"Mind: {warning}." for warning in measured["warnings"]]
         for finding in measured["findings"].values():
             effect = finding["effect"]
             sentences.append(

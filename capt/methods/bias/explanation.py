@@ -146,12 +146,13 @@ class Explanation:
         found = [one.words() for one in self.losses]
         off = ~self.positions.center
         kept = {stage: 100 * self.survival[stage] for stage in ("oracle", "final")}
+        absent = 100 * self.chance["final"].mean()
         found.append(
-            "Objects among the "
-            f"{self.settings.get('best', 3)} best names, center and off-center: pooled from their own patches "
+            f"Objects among the {self.settings['best']} best names, center and off-center: pooled from their own patches "
             f"{kept['oracle'][~off].mean():.1f} % and {kept['oracle'][off].mean():.1f} %, in the feature "
-            f"{kept['final'][~off].mean():.1f} % and {kept['final'][off].mean():.1f} %. Found in a patch but not in "
-            f"the feature: {100 * self.vanish[~off].mean():.1f} % and {100 * self.vanish[off].mean():.1f} %."
+            f"{kept['final'][~off].mean():.1f} % and {kept['final'][off].mean():.1f} % (names that are not shown: "
+            f"{absent:.1f} %). Found in a patch but not in the feature: {100 * self.vanish[~off].mean():.1f} % and "
+            f"{100 * self.vanish[off].mean():.1f} %."
         )
         if any(one.where == "before pooling" for one in self.losses):
             found.append("What is lost before the last aggregation cannot be brought back by re-weighting it.")
