@@ -148,8 +148,8 @@ class Explanation:
         kept = {stage: 100 * self.survival[stage] for stage in ("oracle", "final")}
         absent = 100 * self.chance["final"].mean()
         found.append(
-            f"Objects among the {self.settings['best']} best names, center and off-center: pooled from their own patches "
-            f"{kept['oracle'][~off].mean():.1f} % and {kept['oracle'][off].mean():.1f} %, in the feature "
+            f"Objects among the {self.settings['best']} best names, center and off-center: pooled from their own "
+            f"patches {kept['oracle'][~off].mean():.1f} % and {kept['oracle'][off].mean():.1f} %, in the feature "
             f"{kept['final'][~off].mean():.1f} % and {kept['final'][off].mean():.1f} % (names that are not shown: "
             f"{absent:.1f} %). Found in a patch but not in the feature: {100 * self.vanish[~off].mean():.1f} % and "
             f"{100 * self.vanish[off].mean():.1f} %."
