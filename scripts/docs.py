@@ -140,7 +140,7 @@ def _above(summary: dict[str, Any]) -> str:
 def center_bias(recorded: dict[str, Any]) -> str:
     """What was found on each model, step by step, the best members, and what it took."""
     parts = []
-    for name, steps in recorded["models"].items():
+    for name, steps in recorded["runs"].items():
         parts.append(f"**{name}**")
         found = {"model": {"name": name}, **steps}
         parts.append("\n".join(f"- {sentence}" for sentence in bias_words(found)))
@@ -157,7 +157,7 @@ def center_bias(recorded: dict[str, Any]) -> str:
             f"{step} {one['took']['seconds']:.0f} s ({one['took']['cpu_seconds']:.0f} s of CPU)"
             for step, one in steps.items()
         )
-        parts.append(f"Took, with {recorded['machine']['threads']} threads on a busy machine: {took}.")
+        parts.append(f"Took, with {recorded['machine']['threads']} threads: {took}.")
     return "\n\n".join(parts)
 
 

@@ -30,7 +30,9 @@ class BiasOptions:
     candidates: int | None = None
     """Objects are those the model names best among so many; by default three times n; n: no choice."""
     cells: int = 5
-    """Positions along each side, odd."""
+    """Positions along each side, odd; fewer make larger objects."""
+    fill: float = 0.8
+    """Side of an object over side of a cell."""
     backgrounds: tuple[str, ...] = ("grey", "noise")
     """Some of grey, white, noise, gradient, texture, or paths of photographs."""
     replicates: int = 1

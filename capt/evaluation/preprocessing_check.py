@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from capt.backbones.transforms import EvalTransform
 from capt.data.position_grid import PositionGrid
 from capt.evaluation.position_results import Positions
-from capt.evaluation.position_statistics import bootstrap, position_gap
+from capt.evaluation.position_statistics import Interval, bootstrap, position_gap
 from capt.evaluation.whats_up import PREPROCESSING, preprocessing
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class PreprocessingCheck:
 
     def words(self) -> str:
         """What the preprocessing adds, in one sentence."""
-        gaps = {mode: 100 * position_gap(right, self.positions.center).mean() for mode, right in self.right.items()}
+        gaps = {
+            mode: _points(bootstrap(position_gap(right, self.positions.center))) for mode, right in self.right.items()
+        }
         off = self.visible["native"]
         seen = (
             ""
@@ -55,8 +57,8 @@ class PreprocessingCheck:
         )
         return (
             f"Confound check, preprocessing crop, on 4:3 pictures: center less off-center accuracy is "
-            f"{gaps['native']:+.1f} points with the model's own preprocessing (native{seen}) and "
-            f"{gaps['squash']:+.1f} when nothing is cut off (squash), {gaps['pad']:+.1f} with borders (pad). Only what "
+            f"{gaps['native']} points with the model's own preprocessing (native{seen}) and "
+            f"{gaps['squash']} when nothing is cut off (squash), {gaps['pad']} with borders (pad). Only what "
             "is left under squash and pad is the encoder's."
         )
 
@@ -75,6 +77,10 @@ class PreprocessingCheck:
                 "visible_off": None if visible is None else float(visible[~center].mean()),
             }
         return {"words": self.words(), "preprocessing": rows, "positions": self.positions.record()}
+
+
+def _points(gap: Interval) -> str:
+    return f"{100 * gap.estimate:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
 def check_preprocessing(

@@ -42,6 +42,7 @@ class CenterBias:
         n: int = 20,
         candidates: int | None = None,
         cells: int = 5,
+        fill: float = 0.8,
         backgrounds: Sequence[str | Path] = ("grey", "noise"),
         replicates: int = 1,
         center_radius: float = 0.5,
@@ -59,7 +60,8 @@ class CenterBias:
             candidates: the objects are those that the model names best among the first so many, since one that is
                 recognised nowhere cannot be lost anywhere; ``n``: no choice; by default three times ``n``, where there
                 are as many. The choice favours no position, and its pictures are not used again.
-            cells: along each side of the grid, odd.
+            cells: along each side of the grid, odd; fewer make larger objects.
+            fill: side of an object over side of a cell.
             backgrounds: see :func:`capt.data.backgrounds.background`.
             replicates: pictures on every ground.
             center_radius: of what counts as center.
@@ -79,7 +81,7 @@ class CenterBias:
         self.candidates = _candidates(objects, n, candidates, seed)
         self.n = min(n, len(self.candidates))
         self._options: dict[str, Any] = {
-            "cells": cells, "backgrounds": tuple(backgrounds), "replicates": replicates, "seed": seed,
+            "cells": cells, "fill": fill, "backgrounds": tuple(backgrounds), "replicates": replicates, "seed": seed,
         }  # fmt: skip
         self._asked: dict[str, Any] = {"center_radius": center_radius, "caption": caption}
 
