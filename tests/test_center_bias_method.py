@@ -108,10 +108,10 @@ def test_what_is_scored_is_what_the_changed_backbone_gives(name):
     backbone = with_words(name)
     grid = real_grid(backbone)
     trial = Trial(backbone, grid, "a {}", Positions.of(grid.grid, 0.1))
-    members = family(trial.pooling, trial.prior())
+    members = family(trial.pooling, trial.prior(), passes=6)
     images = trial.images(grid.single(1, 0)[1:4])
     with torch.no_grad():
-        rows = list(trial.scores(trial.pooling.inputs(images), members, trial.texts))
+        rows = list(trial.scores(images, trial.pooling.inputs(images), members, trial.texts))
         assert len(rows) == 1 + len(members) + len(SCORES)
         for member, scores in zip(members, rows[1:], strict=False):
             features = member.apply(backbone).image_features(images)
@@ -153,7 +153,7 @@ def test_stored_members_come_back_the_same(tmp_path):
     backbone = wrapped("open_clip ViT, class token")
     pooling, images = backbone.tower.pooling(), torch.randn(2, 3, *backbone.image_hw, dtype=torch.float64)
     prior = attention_prior(pooling, pooling.inputs(images)).float()
-    for number, member in enumerate(family(pooling, prior)):
+    for number, member in enumerate(family(pooling, prior, passes=10)):
         folder = tmp_path / str(number)
         folder.mkdir()
         save_member(folder, member, backbone, {"model": "tiny"})

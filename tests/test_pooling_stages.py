@@ -179,7 +179,7 @@ def test_crops_see_their_part_of_the_picture() -> None:
     backbone = wrapped("timm ResNet, 4 x 4")
     images = pictures(backbone)
     assert crop_features(backbone, images, 9).shape == (3, 9, backbone.dim)
-    whole = crop_features(backbone, images, 5, part=1.0)
+    whole = crop_features(backbone, images, 5, size=1.0)
     torch.testing.assert_close(whole, backbone.image_features(images)[:, None].expand_as(whole))
     changed = images.clone()
     changed[:, :, -8:, -8:] = 0

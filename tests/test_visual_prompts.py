@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from capt.errors import CaptError
+from capt.modules.crop_pooling import CropPooling, cropped
 from capt.modules.patch_pooling import PatchPooling, repooled
-from capt.modules.pooling_replacements import mean_of_tokens
+from capt.modules.pooling_replacements import crop_features, mean_of_tokens
 from capt.modules.visual_prompts import MARKERS, marked, marked_normalised, stroke
 from tests.pooled_towers import CLASS_TOKEN, SOME, pictures, wrapped
 
@@ -118,7 +119,24 @@ def test_a_repooled_backbone_gives_what_the_pooling_says_and_leaves_the_plain_on
     )
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_cropped_backbone_mixes_the_whole_with_the_mean_of_its_crops(name):
+    backbone, pooling = wrapped(name), CropPooling(5, part=0.4)
+    images, other = pictures(backbone), cropped(backbone, pooling)
+    crops = F.normalize(crop_features(backbone, images), dim=-1).mean(1)
+    expected = 0.6 * F.normalize(backbone.image_features(images), dim=-1) + 0.4 * F.normalize(crops, dim=-1)
+    torch.testing.assert_close(other.image_features(images), F.normalize(expected, dim=-1))
+    tower, plain = other.tower, backbone.tower
+    assert torch.equal(tower.embed(images), plain.embed(images))
+    torch.testing.assert_close(tower.patches(tower.run(images)), plain.patches(plain.run(images)))
+    torch.testing.assert_close(tower.project(plain.run(images)), backbone.image_features(images))
+    assert other.fingerprint() != backbone.fingerprint() != cropped(backbone, CropPooling(9)).fingerprint()
+
+
 def test_poolings_that_are_none_are_refused():
+    for wrong in ({"count": 4}, {"size": 0.0}, {"part": 1.5}):
+        with pytest.raises(CaptError, match="crops: expected 5 or 9"):
+            CropPooling(**wrong)
     with pytest.raises(CaptError, match="mean token"):
         PatchPooling("median")
     with pytest.raises(CaptError, match="part"):

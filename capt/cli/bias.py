@@ -116,6 +116,7 @@ def mitigate(
     model: Model = ModelOptions(),  # noqa: B008 - frozen
     pictures: Pictures = BiasOptions(),
     level: float = 0.05,
+    passes: int = 1,
     region_objects: int = 4,
     out: Path = OUT,
     json: bool = False,
@@ -128,13 +129,15 @@ def mitigate(
         model: which CLIP model.
         pictures: objects and positions.
         level: of the test on held-out objects.
+        passes: through the image tower that a change may take; 6: means over five crops are tried, too, and take as
+            much longer.
         region_objects: objects on which visual prompts, crops and region boosts are tried; 0: none.
         out: folder of the run.
         json: print what was found as JSON.
     """
 
     def found(bias: CenterBias, _: ProgressLine) -> dict[str, Any]:
-        mitigation = bias.mitigate(level=level, region_objects=region_objects)
+        mitigation = bias.mitigate(level=level, passes=passes, region_objects=region_objects)
         mitigation.save(out, {"model": model.model, "pretrained": model.pretrained})
         return {"mitigate": mitigation.record()}
 

@@ -128,13 +128,18 @@ class CenterBias:
         return explain_center_bias(self.backbone, self.grid(), level=level, progress=self.progress, **self._asked)
 
     def mitigate(
-        self, members: Sequence[Member] | None = None, *, level: float = 0.05, region_objects: int = 4
+        self,
+        members: Sequence[Member] | None = None,
+        *,
+        passes: int = 1,
+        level: float = 0.05,
+        region_objects: int = 4,
     ) -> Mitigation:
         """What helps on objects it was not chosen on, see :func:`capt.methods.bias.mitigation.mitigate_center_bias`."""
         grid = self.grid(len(self.cutouts))
         return mitigate_center_bias(
-            self.backbone, grid, members=members, level=level, region_objects=region_objects, progress=self.progress,
-            **self._asked,
+            self.backbone, grid, members=members, passes=passes, level=level, region_objects=region_objects,
+            progress=self.progress, **self._asked,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from capt.modules.attention_statistics import (
 from capt.modules.bottleneck_adapter import BottleneckAdapter
 from capt.modules.composition_prompts import CompositionPrompts
 from capt.modules.confusion_loss import ConfusionLoss
+from capt.modules.crop_pooling import CropPooling, cropped
 from capt.modules.diff_manner_adapter import DiffMannerAdapter
 from capt.modules.direct_effects import DirectEffects, direct_effects, first_order_shares, mean_ablated, object_share
 from capt.modules.disentangler import Disentangler
@@ -86,6 +87,7 @@ __all__ = [
     "ClassBalancedLoss",
     "CompositionPrompts",
     "ConfusionLoss",
+    "CropPooling",
     "DiffMannerAdapter",
     "DirectEffects",
     "Disentangler",
@@ -130,6 +132,7 @@ __all__ = [
     "center_mass",
     "center_ratio",
     "crop_features",
+    "cropped",
     "direct_effects",
     "entropy",
     "first_order_shares",

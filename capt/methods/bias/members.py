@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from capt.backbones import Backbone
 from capt.backbones.pooling import Pooling
 from capt.errors import CaptError, DamagedFileError
 from capt.files import load_tensors, read_json, save_tensors, write_json
+from capt.modules.crop_pooling import CropPooling, cropped
 from capt.modules.key_groups import CenterGroups
 from capt.modules.patch_pooling import PatchPooling, repooled
 from capt.modules.redistributed_pooling import redistributed
@@ -26,12 +27,12 @@ from capt.modules.redistribution import (
     UniformMixture,
 )
 
-Change = Redistribution | PatchPooling
+Change = Redistribution | PatchPooling | CropPooling
 FILE, PRIOR = "mitigation.json", "mitigation.safetensors"
 _SINKS = ("center sink", "off sink")
 _RULES: dict[str, Any] = {
     one.__name__: one
-    for one in (RadialBias, MassTransfer, Temperature, PriorCancellation, UniformMixture, PatchPooling)
+    for one in (RadialBias, MassTransfer, Temperature, PriorCancellation, UniformMixture, PatchPooling, CropPooling)
 }
 
 # Source: the rules and grids are ours, see capt.modules.redistribution; no constant is taken from a paper.
@@ -55,19 +56,27 @@ class Member:
         """The same model with the change, for everything that takes a backbone."""
         if isinstance(self.change, PatchPooling):
             return repooled(backbone, self.change)
+        if isinstance(self.change, CropPooling):
+            return cropped(backbone, self.change)
         return redistributed(backbone, self.change, self.groups)
+
+    @property
+    def passes(self) -> int:
+        """Through the tower, for one image."""
+        return 1 + self.change.count if isinstance(self.change, CropPooling) else 1
 
     def record(self) -> dict[str, Any]:
         """For JSON; tensors are digests."""
         return {"name": self.name, **self.change.record(), "groups": self.groups.record()}
 
 
-def family(pooling: Pooling, prior: Tensor) -> list[Member]:
+def family(pooling: Pooling, prior: Tensor, passes: int = 1) -> list[Member]:
     """All members that can do something on this kind of pooling, weak before strong.
 
     Args:
         pooling: of the model.
         prior: [H, N], what each patch gets on blank pictures.
+        passes: that one image may take; from 6 on, five overlapping crops are members, too, from 10 on nine.
     """
     radial = [
         Member(f"radial bias {shape} {x:g}", RadialBias(strength=x, shape=shape))
@@ -80,8 +89,13 @@ def family(pooling: Pooling, prior: Tensor) -> list[Member]:
         Member(f"{kind}, part {x:g}", PatchPooling(kind, x))
         for kind in ("mean token", "mean of tokens", "generalised mean") for x in (0.3, 1.0)
     ]  # fmt: skip
+    counts: tuple[Literal[5, 9], ...] = (5, 9)
+    crops = [
+        Member(f"{count} crops, part {x:g}", CropPooling(count, part=x))
+        for count in counts if count < passes for x in (0.3, 0.5, 0.8)
+    ]  # fmt: skip
     if pooling.attention is None:  # all weights are equal: what acts on their differences would do nothing
-        return [*radial, *moved, *spread, *(one for one in pooled if "generalised" in one.name)]
+        return [*radial, *moved, *spread, *(one for one in pooled if "generalised" in one.name), *crops]
     return [
         *radial,
         *moved,
@@ -98,6 +112,7 @@ def family(pooling: Pooling, prior: Tensor) -> list[Member]:
             for x in (0.3, 0.6, 1.0)
         ),
         *pooled,
+        *crops,
     ]
 
 

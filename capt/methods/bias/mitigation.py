@@ -138,6 +138,7 @@ def mitigate_center_bias(
     grid: PositionGrid,
     *,
     members: Sequence[Member] | None = None,
+    passes: int = 1,
     center_radius: float = 0.5,
     caption: str = "a {}",
     level: float = 0.05,
@@ -156,6 +157,7 @@ def mitigate_center_bias(
         backbone: the model, left as it is.
         grid: objects (at least 8), positions and grounds.
         members: what to choose from; :func:`capt.methods.bias.members.family` by default.
+        passes: through the tower that a member of that family may take for one image; see there.
         center_radius, caption: as in :func:`capt.evaluation.center_bias.measure_center_bias`.
         level: of the test on held-out objects.
         region_objects: held-out objects on which visual prompts, crops and region boosts are tried, which know the
@@ -174,7 +176,7 @@ def mitigate_center_bias(
     halves = [replace(grid, cutouts=grid.cutouts.choose(part)) for part in (order[: n // 2], order[n // 2 :])]
     positions = Positions.of(grid.grid, center_radius)
     trials = [Trial(backbone, half, caption, positions) for half in halves]
-    every = list(members) if members is not None else family(trials[0].pooling, trials[0].prior())
+    every = list(members) if members is not None else family(trials[0].pooling, trials[0].prior(), passes)
     calibration = trials[0].outcome(every, "calibration objects", tell)
     chosen = _choose(calibration, positions, len(every))
     tested = every if chosen is None else [*every, *_controls(every[chosen])]

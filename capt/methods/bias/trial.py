@@ -17,12 +17,13 @@ from capt.evaluation.position_results import Positions
 from capt.evaluation.whats_up import four_captions
 from capt.methods.bias.members import Member
 from capt.modules.attention_statistics import entropy
+from capt.modules.crop_pooling import CropPooling
 from capt.modules.key_groups import RegionGroups
 from capt.modules.patch_pooling import PatchPooling
 from capt.modules.pooling_replacements import crop_features, late_interaction, region_features
 from capt.modules.pooling_stages import oracle, patch_mask, value_tokens
 from capt.modules.redistributed_row import attention_prior, mixed_values, redistributed_rows
-from capt.modules.redistribution import RegionBoost
+from capt.modules.redistribution import Redistribution, RegionBoost
 from capt.modules.visual_prompts import MARKERS, marked_normalised
 
 FloatArray = NDArray[np.float64]
@@ -93,8 +94,9 @@ class Trial:
         for thing in range(k):
             tell(what, thing, k + k // 2)
             for variant in range(v):
-                inputs = self.pooling.inputs(self.images(self.grid.single(thing, variant)[1:]))
-                for row, scores in enumerate(self.scores(inputs, members, self.texts)):
+                images = self.images(self.grid.single(thing, variant)[1:])
+                inputs = self.pooling.inputs(images)
+                for row, scores in enumerate(self.scores(images, inputs, members, self.texts)):
                     lone[row, thing] += (scores.argmax(-1) == thing).double().cpu().numpy() / v
                 if variant == 0 and thing < _LOOKED_AT:
                     entropies.append(self._entropies(inputs[self.positions.middle :][:1], members))
@@ -105,28 +107,37 @@ class Trial:
                 texts = self.backbone.text_features([*four_captions(*names), f"a {names[1]} and a {names[0]}"])
                 for variant in range(v):
                     scenes = self.grid.pair(central, peripheral, variant)[: p - 1]
-                    inputs = self.pooling.inputs(self.images(scenes))
-                    for row, scores in enumerate(self.scores(inputs, members, texts)):
+                    images = self.images(scenes)
+                    inputs = self.pooling.inputs(images)
+                    for row, scores in enumerate(self.scores(images, inputs, members, texts)):
                         for first in (0, 4):
                             choice = scores[:, [first, 1, 2, 3]].argmax(-1)
                             both[row, pair] += (choice == 0).double().cpu().numpy() / (4 * v)
         return Outcome(lone, both, np.append(np.mean(entropies, 0), [np.nan] * len(SCORES)))
 
-    def scores(self, inputs: Tensor, members: Sequence[Member], texts: Tensor) -> Iterable[Tensor]:
-        """Cosines [B, C] of every row with unit-norm texts [C, d]."""
+    def scores(self, images: Tensor, inputs: Tensor, members: Sequence[Member], texts: Tensor) -> Iterable[Tensor]:
+        """Cosines [B, C] of every row with unit-norm texts [C, d]; ``inputs`` is what enters the pooling of images."""
         done = self.pooling.tower.advance(inputs, start=self.pooling.depth)
-        features: list[Tensor | None] = [None] * len(members)
+        whole = self.pooling.tower.project(done)
+        features: dict[int, Tensor] = {}
         for groups in dict.fromkeys(one.groups for one in members):
-            at = [i for i, one in enumerate(members) if one.groups == groups and not _is_pooling(one)]
+            at = [i for i, one in enumerate(members) if one.groups == groups and isinstance(one.change, Redistribution)]
             if at:
                 rules: list[Any] = [members[i].change for i in at]
                 mixed = self.pooling.features(mixed_values(self.pooling, inputs, rules, groups), inputs)
-                for i, found in zip(at, mixed, strict=True):
-                    features[i] = found
-        yield cosines(self.pooling.tower.project(done), texts)
-        for member, found in zip(members, features, strict=True):
-            change: Any = member.change
-            yield cosines(change.features(self.pooling.tower, done) if found is None else found, texts)
+                features |= dict(zip(at, mixed, strict=True))
+        crops: dict[tuple[int, float], Tensor] = {}
+        for i, one in enumerate(members):
+            if isinstance(one.change, PatchPooling):
+                features[i] = one.change.features(self.pooling.tower, done)
+            elif isinstance(one.change, CropPooling):
+                key = one.change.count, one.change.size
+                if key not in crops:
+                    crops[key] = crop_features(self.backbone, images, *key)
+                features[i] = one.change.features(whole, crops[key])
+        yield cosines(whole, texts)
+        for i in range(len(members)):
+            yield cosines(features[i], texts)
         yield late_interaction(value_tokens(self.pooling, inputs).float(), texts.float())
         cells = min(3, *self.pooling.grid)
         yield cosines(region_features(self.pooling, inputs, cells), texts).amax(1)
@@ -136,10 +147,11 @@ class Trial:
         scores, n = self.pooling.scores(inputs), self.pooling.n_patches
         found = [scores.softmax(-1)]
         for one in members:
-            change: Any = one.change
-            groups = one.groups.of(self.pooling.grid, scores.shape[-1], inputs)
-            row = None if _is_pooling(one) else redistributed_rows(scores, [change], groups, self.pooling.grid)[0]
-            found.append(torch.full_like(scores, torch.nan) if row is None else row)
+            if isinstance(one.change, Redistribution):
+                groups = one.groups.of(self.pooling.grid, scores.shape[-1], inputs)
+                found.append(redistributed_rows(scores, [one.change], groups, self.pooling.grid)[0])
+            else:
+                found.append(torch.full_like(scores, torch.nan))
         rows = torch.stack(found)[..., -n:].double()
         values: FloatArray = entropy(rows / rows.sum(-1, keepdim=True)).mean((1, 2)).cpu().numpy()
         return values
@@ -198,10 +210,6 @@ class Trial:
 
     def _mark(self, images: Tensor, boxes: Tensor, marker: Any) -> Tensor:
         return marked_normalised(images, boxes, marker, self.grid.mean, self.grid.std)
-
-
-def _is_pooling(member: Member) -> bool:
-    return isinstance(member.change, PatchPooling)
 
 
 def _box(scene: Scene) -> tuple[int, int, int, int]:
