@@ -27,6 +27,7 @@ from capt.methods.bias.members import (
 from capt.methods.bias.mitigation import mitigate_center_bias
 from capt.methods.bias.trial import SCORES, Trial, cosines
 from capt.modules import MassTransfer, PriorCancellation, RadialBias, Temperature, UniformMixture, attention_prior
+from capt.modules.crop_pooling import CropPooling
 from capt.modules.key_groups import CenterGroups
 from capt.modules.patch_pooling import PatchPooling
 from tests.planted_tower import planted
@@ -137,6 +138,7 @@ def test_inverted_members_point_the_other_way():
     assert inverted(Member("a", Temperature(alpha=0.5))).change.alpha == 2
     assert inverted(Member("a", MassTransfer())).change.donors == ("off",)
     assert inverted(Member("a", UniformMixture())).change.receivers == ("center",)
+    assert inverted(Member("a", CropPooling(9))).change == CropPooling(1)
     assert inverted(Member("a", PatchPooling())) is None and shuffled(Member("a", PatchPooling()), 0) is None
 
 

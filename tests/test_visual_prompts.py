@@ -135,7 +135,7 @@ def test_a_cropped_backbone_mixes_the_whole_with_the_mean_of_its_crops(name):
 
 def test_poolings_that_are_none_are_refused():
     for wrong in ({"count": 4}, {"size": 0.0}, {"part": 1.5}):
-        with pytest.raises(CaptError, match="crops: expected 5 or 9"):
+        with pytest.raises(CaptError, match="crops: expected 1, 5 or 9"):
             CropPooling(**wrong)
     with pytest.raises(CaptError, match="mean token"):
         PatchPooling("median")

@@ -22,21 +22,22 @@ class CropPooling:
     """What is added to the feature of the whole picture.
 
     Attributes:
-        count: 5 crops, the corners and the middle, or 9, three by three; ``count + 1`` passes through the tower.
+        count: 1 crop, the middle, 5, the corners and the middle, or 9, three by three; ``count + 1`` passes through
+            the tower.
         size: side of a crop over side of the picture.
         part: of the crops' mean in the feature, the rest is the whole picture's; all at unit norm.
 
     Source: ours.
     """
 
-    count: Literal[5, 9] = 5
+    count: Literal[1, 5, 9] = 5
     size: float = 0.6
     part: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.count not in (5, 9) or not 0 < self.size <= 1 or not 0 < self.part <= 1:
+        if self.count not in (1, 5, 9) or not 0 < self.size <= 1 or not 0 < self.part <= 1:
             raise CaptError(
-                f"crops: expected 5 or 9 of a size in (0, 1] and a part in (0, 1], found {self.count}, {self.size}, "
+                f"crops: expected 1, 5 or 9 of a size in (0, 1] and a part in (0, 1], found {self.count}, {self.size}, "
                 f"{self.part}"
             )
 

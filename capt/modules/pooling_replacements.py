@@ -83,25 +83,25 @@ def region_features(pooling: Pooling, inputs: Tensor, cells: int = 3) -> Tensor:
     return torch.cat([parts.movedim(0, 1), whole[:, None]], dim=1)
 
 
-def overlapping_crops(images: Tensor, count: Literal[5, 9] = 5, size: float = 0.6) -> Tensor:
+def overlapping_crops(images: Tensor, count: Literal[1, 5, 9] = 5, size: float = 0.6) -> Tensor:
     """Overlapping crops of transformed images [B, 3, height, width], resized to them: [B, count, 3, height, width].
 
-    Five: the corners and the middle; nine: three by three.
+    One: the middle; five: the corners and the middle; nine: three by three.
 
     Raises:
         CaptError: another count, or a size outside (0, 1].
     """
-    if count not in (5, 9) or not 0 < size <= 1:
-        raise CaptError(f"crops: 5 or 9 of a size in (0, 1] of each side, found {count} of {size}")
+    if count not in (1, 5, 9) or not 0 < size <= 1:
+        raise CaptError(f"crops: 1, 5 or 9 of a size in (0, 1] of each side, found {count} of {size}")
     height, width = images.shape[2:]
     h, w = max(1, round(size * height)), max(1, round(size * width))
     tops, lefts = ([0, (full - side) // 2, full - side] for full, side in ((height, h), (width, w)))
-    places = [(i, j) for i in range(3) for j in range(3) if count == 9 or (i + j) % 2 == 0]
+    places = [(i, j) for i in range(3) for j in range(3) if count == 9 or (i + j) % 2 == 0] if count > 1 else [(1, 1)]
     crops = (images[:, :, tops[i] : tops[i] + h, lefts[j] : lefts[j] + w] for i, j in places)
     return torch.stack([F.interpolate(c, (height, width), mode="bicubic", antialias=True) for c in crops], dim=1)
 
 
-def crop_features(backbone: Backbone, images: Tensor, count: Literal[5, 9] = 5, size: float = 0.6) -> Tensor:
+def crop_features(backbone: Backbone, images: Tensor, count: Literal[1, 5, 9] = 5, size: float = 0.6) -> Tensor:
     """P6: features [B, count, d] of :func:`overlapping_crops` of images; ``count`` passes through the tower."""
     crops = overlapping_crops(images, count, size)
     return torch.stack([backbone.image_features(c) for c in crops.unbind(1)], dim=1)

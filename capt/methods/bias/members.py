@@ -147,7 +147,7 @@ class ShuffledBias(Redistribution):
 def inverted(member: Member) -> Member | None:
     """The same change in the other direction, which has to widen the gap; None where there is no other direction."""
     rule = member.change
-    opposite: Redistribution
+    opposite: Change
     if isinstance(rule, RadialBias):
         opposite = replace(rule, strength=-rule.strength)
     elif isinstance(rule, PriorCancellation):
@@ -158,6 +158,8 @@ def inverted(member: Member) -> Member | None:
         opposite = replace(rule, donors=rule.receivers, receivers=("center",))
     elif isinstance(rule, UniformMixture) and rule.receivers == ("off",):
         opposite = replace(rule, receivers=("center",))
+    elif isinstance(rule, CropPooling):
+        opposite = replace(rule, count=1)
     else:
         return None
     return Member(f"inverted: {member.name}", opposite, member.groups)
