@@ -46,7 +46,6 @@ def attention_rollout(
     if not 0 <= discard < 1:
         raise CaptError(f"discard: a part of 1, found {discard}")
 
-
     def fused(weights: Tensor) -> Tensor:
         return _fused(weights, fusion, discard)
 
