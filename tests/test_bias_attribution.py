@@ -63,7 +63,7 @@ def test_sparse_concepts_lose_what_the_pooling_does_not_see():
     assert found.concepts["dictionary"] > 300
     middle, corner = found.concepts["examples"][:2]
     assert middle["concepts"][0][0] == "object 0" and "object 0" not in dict(corner["concepts"])
-    assert "100 % and 0 % of the features" in found.words()[0]
+    assert "100 % and 0 % of the features (names that are not shown: 0 %)" in found.words()[0]
 
 
 def test_a_planted_location_head_is_found_described_and_ablated():

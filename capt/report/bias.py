@@ -214,9 +214,7 @@ def _carriers(explained: Mapping[str, Any]) -> dict[str, Any]:
         "penalty": f"{concepts['penalty']:g}",
         "stages": [
             {"name": _STAGES[stage], "cells": [
-                _percent(found["center"]), _percent(found["off"]),
-                _percent(sum(ring["mean"] * ring["positions"] for ring in found["chance"])
-                         / sum(ring["positions"] for ring in found["chance"])),
+                _percent(found["center"]), _percent(found["off"]), _percent(found["not_shown"]),
                 f"{found['concepts']:.1f}", f"{found['quality']:.2f}",
             ]}
             for stage, found in concepts["stages"].items()

@@ -76,7 +76,7 @@ class Attribution:
         found.append(
             f"As sparse sums of {self.concepts['dictionary']} names, {self.concepts['objects']} objects, center and "
             f"off-center: the object is in {part['oracle']} of what its own patches give and in {part['final']} of the "
-            "features."
+            f"features (names that are not shown: {100 * stages['final']['not_shown']:.0f} %)."
         )
         if not isinstance(self.heads, str) and (first := next(iter(self.heads["location"]), None)):
             margins = self.heads["margins"]
@@ -272,6 +272,7 @@ class _Run:
             record[stage] = {
                 **center_and_off(own.mean(0), self.center),
                 "present": self._rings(own.mean(0)), "chance": self._rings(absent.mean(0)),
+                "not_shown": float(absent.mean()),
                 "concepts": float((weights > 0).sum(-1).float().mean()),
                 "quality": float(concepts.quality(vectors, weights).mean()),
             }  # fmt: skip
