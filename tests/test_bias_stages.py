@@ -68,8 +68,9 @@ def test_survival_and_vanishing_are_those_of_the_construction():
     for stage in ("tokens", "values", "single", "oracle"):
         assert (found.survival[stage] == 1).all()
     assert found.survival["final"][center].all() and found.vanish[center].max() == 0
-    assert found.attention["center_ratio_by_layer"] == [pytest.approx(9, rel=1e-6)]
-    gains = np.array(found.attention["object_gain_map"], float)
+    attention = found.attribution.attention
+    assert attention["center_ratio_by_layer"] == [pytest.approx(9, rel=1e-6)]
+    gains = np.array(attention["object_gain_map"], float)
     assert gains[1, 1] == pytest.approx(9) and np.delete(gains.reshape(-1), 4).max() < 1e-6
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["losses"]["visibility"]["where"] == "in pooling" and set(record["stages"]) == set(STAGES)
@@ -86,7 +87,7 @@ def test_chance_is_that_of_names_that_are_not_shown():
 def test_an_unbiased_tower_raises_at_most_10_alarms_in_200_seeds():
     alarms, margins = 0, []
     for seed in range(200):
-        found = explained(planted(N, patches=3, beta=0.0, ground=0.1, token_noise=0.4, seed=seed))
+        found = explained(planted(N, patches=3, beta=0.0, ground=0.1, token_noise=0.4, seed=seed), looked_at=0)
         alarms += found.diagnosis != "none"
         margins.append(found.visibility.total.effect.high - found.visibility.total.effect.low)
     assert alarms <= 10
@@ -128,11 +129,26 @@ def test_every_kind_of_tower_is_explained(name):
     absent = [i for i in range(len(WORDS)) if i != 2]
     expected = scores[:, 2] - scores[:, absent].mean(1)
     np.testing.assert_allclose(found.margins["final"][2], expected.numpy(), atol=1e-6)
-    assert found.attention["kind"] == KINDS[name]
+    attribution = found.attribution
+    assert attribution.attention["kind"] == KINDS[name]
     layers = len(backbone.tower.blocks) if name in CLASS_TOKEN else 1
-    assert len(found.attention["center_ratio_by_layer"]) == layers
-    assert isinstance(found.effects, str) or len(found.effects["by_layer_off"]) == layers
-    json.dumps(found.record(), allow_nan=False)
+    assert len(attribution.attention["center_ratio_by_layer"]) == layers
+    assert isinstance(attribution.effects, str) or len(attribution.effects["by_layer_off"]) == layers
+    record = json.loads(json.dumps(found.record(), allow_nan=False))
+    assert record["attention"]["views"].keys() == {"raw", "value_weighted", "without_sinks", "rollout"}
+    assert isinstance(record["attention"]["views"]["rollout"], str) == (not backbone.tower.blocks)
+    assert isinstance(record["layers"], str) == (name not in CLASS_TOKEN)
+    if KINDS[name] == "average":
+        assert record["heads"] == "average pooling has no heads"
+        return
+    whole, margins = record["heads"]["margins"]["whole"], found.margins["final"].mean(0)
+    assert whole["center"] == pytest.approx(margins[found.positions.center].mean(), abs=1e-6)
+    assert whole["off"] == pytest.approx(margins[~found.positions.center].mean(), abs=1e-6)
+    if name in CLASS_TOKEN:  # the row after the last block is the feature
+        survival, center = found.survival["final"], found.positions.center
+        assert (record["layers"]["center"][-1], record["layers"]["off"][-1]) == pytest.approx(
+            (survival[center].mean(), survival[~center].mean())
+        )
 
 
 def test_what_cannot_be_explained_is_refused():

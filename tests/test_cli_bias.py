@@ -28,7 +28,7 @@ def test_the_three_steps_collect_in_one_record_and_one_page(run):
     assert {"measure", "preprocessing", "explain", "mitigate", "pictures", "took"} <= record.keys()
     assert set(record["preprocessing"]["preprocessing"]) == {"native", "squash", "pad"}
     page = (run / "report" / "index.html").read_text()
-    for part in ("positions", "stages", "attention", "confounds", "mitigation"):
+    for part in ("positions", "stages", "attention", "carriers", "confounds", "mitigation"):
         assert f'id="{part}"' in page
     assert record["measure"]["verdict"] in page and "Diagnosis: " in page
     assert "native" in page and "squash" in page

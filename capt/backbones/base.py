@@ -171,6 +171,17 @@ class TokenTower(ABC):
         """
         return self.advance(self.embed(images), block_hook=block_hook)
 
+    def stream(self, images: Tensor) -> Iterator[Tensor]:
+        """Tokens [B, L, D] that enter each block, and those behind the last: one more than there are blocks.
+
+        Made one by one. A list of them serves all analyses of the same images that take a ``stream``.
+        """
+        tokens = self.embed(images)
+        yield tokens
+        for index in range(len(self.blocks)):
+            tokens = self.advance(tokens, start=index, stop=index + 1)
+            yield tokens
+
     def stages(self, images: Tensor, depths: Sequence[int] | None = None) -> list[TokenGrid]:
         """Patch tokens at several depths.
 

@@ -135,6 +135,12 @@ def emoji_cutouts(n: int = 20, *, seed: int = 0, names: Sequence[str] | None = N
     return Cutouts(tuple(found), tuple(found.values()), "emoji")
 
 
+@functools.cache
+def emoji_names() -> tuple[str, ...]:
+    """Names of all shipped emoji, whether they can be cut out or not."""
+    return read_emoji(verify=False).classes
+
+
 def _vendor_cutouts(splits: Sequence[ImageSet], label: int) -> tuple[Picture, ...]:
     cut = (
         _off_white(np.asarray(images.image(int(index))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,8 +17,9 @@ Fusion = Literal["mean", "max", "min"]
 
 
 def attention_rollout(
-    pooling: Pooling, images: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, concept: Tensor | None = None
-) -> Tensor:
+    pooling: Pooling, images: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, concept: Tensor | None = None,
+    stream: Sequence[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """How much of each patch arrives in the pooled row along all paths of attention, [B, N].
 
     Per block the attention of fused heads and the residual in equal parts, rows normalised; of the product of all
@@ -28,6 +30,8 @@ def attention_rollout(
         fusion: of the heads.
         discard: this part of each fused row, its smallest weights, is dropped first.
         concept: [d]; then weights are multiplied by the gradients of the cosine with it, and only positive ones count.
+        stream: the images' :meth:`~capt.backbones.base.TokenTower.stream`, if it is known: saves the pass where there
+            is no concept.
 
     Raises:
         CaptError: a tower without blocks.
@@ -41,14 +45,23 @@ def attention_rollout(
         raise CaptError(f"fusion: mean, max or min, found {fusion!r}")
     if not 0 <= discard < 1:
         raise CaptError(f"discard: a part of 1, found {discard}")
-    maps, row = _attention_maps(pooling, images, concept)
-    chain = _fused(row[:, :, None], fusion, discard)[:, 0] if pooling.kind != "class token" else _first(maps[-1])
+
+    def fused(weights: Tensor) -> Tensor:
+        return _fused(weights, fusion, discard)
+
+    if concept is None:  # maps of the heads are fused one block at a time
+        stream = stream or list(tower.stream(images))
+        maps = [fused(attention_map(block, x)) for block, x in zip(tower.blocks, stream, strict=False)]
+        row = None if pooling.kind == "class token" else pooling.weights(stream[-1])
+    else:
+        weighted, row = _weighted_maps(pooling, images, concept)
+        maps = [fused(weights) for weights in weighted]
+    chain = _first(maps[-1]) if row is None else fused(row[:, :, None])[:, 0]
     chain = chain / chain.sum(-1, keepdim=True).clamp_min(1e-30)
     offset = maps[-1].shape[-1] - chain.shape[-1]  # tokens in front that the pooling does not see
     chain = F.pad(chain, (offset, 0))
-    for weights in reversed(maps):
-        fused = _fused(weights, fusion, discard)
-        step = 0.5 * ((chain[:, None] @ fused)[:, 0] + chain)
+    for mixing in reversed(maps):
+        step = 0.5 * ((chain[:, None] @ mixing)[:, 0] + chain)
         chain = step / step.sum(-1, keepdim=True) if concept is not None else step
     return chain[:, -pooling.n_patches :]
 
@@ -69,38 +82,33 @@ def attention_map(block: TokenBlock, x: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def _attention_maps(pooling: Pooling, images: Tensor, concept: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Weights of every block, and of the pooling layer (its row); multiplied by their gradients for a concept."""
-    with torch.set_grad_enabled(concept is not None):
+def _weighted_maps(pooling: Pooling, images: Tensor, concept: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Weights of every block, and the row of a pooling layer, multiplied by their gradients for a concept."""
+    with torch.enable_grad():
         x, maps = pooling.tower.embed(images), []
         for block in pooling.tower.blocks:
             parts = block.attention()
-            weights = _leaf(attention_map(block, x), concept)
+            weights = _leaf(attention_map(block, x))
             mixed = torch.einsum("bhij,bjhc->bihc", weights, parts.values(parts.before(x)))
             x = block.feed_forward(x + parts.merge(mixed))
             maps.append(weights)
-        if pooling.kind == "class token":
-            row, features = maps[-1][:, :, 0], pooling.tower.project(x)
-        else:
-            row = _leaf(pooling.weights(x), concept)
-            features = pooling.pool(row, x)
-        if concept is None:
-            return maps, row
+        rows = [] if pooling.kind == "class token" else [_leaf(pooling.weights(x))]
+        features = pooling.pool(rows[0], x) if rows else pooling.tower.project(x)
         score = F.cosine_similarity(features, concept[None].to(features), dim=-1).sum()
-        wanted = maps if pooling.kind == "class token" else [*maps, row]
+        wanted = [*maps, *rows]
         gradients = torch.autograd.grad(score, wanted)
     weighted = [(w * g).clamp_min(0).detach() for w, g in zip(wanted, gradients, strict=True)]
-    return weighted[: len(maps)], weighted[-1][:, :, 0] if pooling.kind == "class token" else weighted[-1]
+    return weighted[: len(maps)], weighted[-1] if rows else None
 
 
-def _leaf(weights: Tensor, concept: Tensor | None) -> Tensor:
+def _leaf(weights: Tensor) -> Tensor:
     """Weights whose gradient can be asked for, also where the frozen model needs none."""
-    return weights if concept is None or weights.requires_grad else weights.requires_grad_()
+    return weights if weights.requires_grad else weights.requires_grad_()
 
 
-def _first(weights: Tensor) -> Tensor:
+def _first(mixing: Tensor) -> Tensor:
     """The unit vector of token 0, [B, L]."""
-    chain = torch.zeros_like(weights[:, 0, 0])
+    chain = torch.zeros_like(mixing[:, 0])
     chain[:, 0] = 1.0
     return chain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,20 +46,23 @@ class AttentionRows(NamedTuple):
         return (self.patches * self.sinks[:, :, None]).sum(-1)
 
 
-def attention_rows(pooling: Pooling, images: Tensor) -> AttentionRows:
-    """Pooling rows of images [B, 3, height, width]; only rows are kept, never an L x L map."""
+def attention_rows(pooling: Pooling, images: Tensor, stream: Sequence[Tensor] | None = None) -> AttentionRows:
+    """Pooling rows of images [B, 3, height, width]; only rows are kept, never an L x L map.
+
+    Args:
+        stream: the images' :meth:`~capt.backbones.base.TokenTower.stream`, if it is known: saves the pass.
+    """
     if pooling.kind != "class token":
-        inputs = pooling.inputs(images)
+        inputs = pooling.inputs(images) if stream is None else stream[pooling.depth]
         values = pooling.values(inputs)
         found = [_row(pooling, pooling.attention, pooling.weights(inputs), values, pooling.tower.patches(inputs))]
         return AttentionRows(*(torch.stack(part, dim=1) for part in zip(*found, strict=True)))
-    x, found = pooling.tower.embed(images), []
-    for block in pooling.tower.blocks:
+    found = []
+    for block, x in zip(pooling.tower.blocks, stream or pooling.tower.stream(images), strict=False):
         parts = block.attention()
         y = parts.before(x)
         scores = torch.einsum("bhc,blhc->bhl", parts.queries(y[:, 0]), parts.keys(y)) * parts.scale
         found.append(_row(pooling, parts, scores.softmax(-1), parts.values(y), x[:, -pooling.n_patches :]))
-        x = block.feed_forward(block.attend(x))
     return AttentionRows(*(torch.stack(part, dim=1) for part in zip(*found, strict=True)))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -143,36 +145,43 @@ class DirectEffects:
         return self.into(one.out(alone.flatten(-2)))
 
 
-def direct_effects(pooling: Pooling, images: Tensor) -> DirectEffects:
+def direct_effects(pooling: Pooling, images: Tensor, stream: Sequence[Tensor] | None = None) -> DirectEffects:
     """Take features of images [B, 3, height, width] apart.
 
     With a class token the parts are those of all blocks; with attention or average pooling those of the pooling alone
     (its feed-forward part, not being linear, is one component).
 
+    Args:
+        stream: the images' :meth:`~capt.backbones.base.TokenTower.stream`, if it is known: saves the pass.
+
     Raises:
         CaptError: a projection or a norm that is not linear once it is frozen.
     """
     through = _through_blocks if pooling.kind == "class token" else _last_only
-    start, layers, row = through(pooling, images)
+    start, layers, row = through(pooling, images, stream)
     into, constant, level = _frozen_tail(pooling, row)
     return DirectEffects(tuple(layers), start, into, constant, row, level)
 
 
-def _through_blocks(pooling: Pooling, images: Tensor) -> tuple[Tensor | None, list[RowLayer], Tensor]:
-    x = pooling.tower.embed(images)
-    start, layers = x[:, 0], []
-    for block in pooling.tower.blocks:
+def _through_blocks(
+    pooling: Pooling, images: Tensor, stream: Sequence[Tensor] | None
+) -> tuple[Tensor | None, list[RowLayer], Tensor]:
+    rows, layers = [], []
+    for block, (x, after) in zip(pooling.tower.blocks, pairwise(stream or pooling.tower.stream(images)), strict=True):
         parts = block.attention()
         y = parts.before(x)
         scores = torch.einsum("bhc,blhc->bhl", parts.queries(y[:, 0]), parts.keys(y)) * parts.scale
-        attended = block.attend(x)
-        x = block.feed_forward(attended)
-        layers.append(_row_layer(parts, scores.softmax(-1), parts.values(y), x[:, 0] - attended[:, 0]))
-    return start, layers, x[:, 0]
+        layer = _row_layer(parts, scores.softmax(-1), parts.values(y), None)
+        attended = layer.out(torch.einsum("bhl,blhc->bhc", layer.weights, layer.values).flatten(1)) + layer.bias
+        layers.append(replace(layer, feed_forward=after[:, 0] - x[:, 0] - attended))
+        rows += [x[:, 0], after[:, 0]]
+    return rows[0], layers, rows[-1]
 
 
-def _last_only(pooling: Pooling, images: Tensor) -> tuple[Tensor | None, list[RowLayer], Tensor]:
-    inputs = pooling.inputs(images)
+def _last_only(
+    pooling: Pooling, images: Tensor, stream: Sequence[Tensor] | None
+) -> tuple[Tensor | None, list[RowLayer], Tensor]:
+    inputs = pooling.inputs(images) if stream is None else stream[pooling.depth]
     weights, values = pooling.weights(inputs), pooling.values(inputs)
     row = pooling.row(torch.einsum("bhl,blhc->bhc", weights, values), inputs)
     fed = row if pooling.feed_forward is None else pooling.feed_forward(row)
@@ -233,8 +242,12 @@ def mean_ablated(effects: DirectEffects, ablated: Tensor, means: Tensor) -> Tens
         ablated: bool [layers, H].
         means: [layers, H, E], mean of :meth:`DirectEffects.heads` over images.
     """
-    heads = effects.heads()
-    return effects.total() + ((means - heads) * ablated[..., None]).sum((1, 2))
+    return heads_replaced(effects.total(), effects.heads(), ablated, means)
+
+
+def heads_replaced(features: Tensor, heads: Tensor, ablated: Tensor, means: Tensor) -> Tensor:
+    """The same from features [..., E] and direct effects [..., layers, H, E] that were kept."""
+    return features + ((means - heads) * ablated[..., None]).sum((-3, -2))
 
 
 def first_order_shares(pooling: Pooling, images: Tensor) -> Tensor:

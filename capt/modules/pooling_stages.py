@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,20 +99,18 @@ def group_means(pooling: Pooling, inputs: Tensor, groups: KeyGroups) -> Tensor:
     return read.mean[0]
 
 
-def row_by_block(tower: TokenTower, images: Tensor) -> Tensor:
+def row_by_block(tower: TokenTower, images: Tensor, stream: Sequence[Tensor] | None = None) -> Tensor:
     """What the class token would give after each block, [B, blocks + 1, d]; the first is that of its embedding.
+
+    Args:
+        stream: the images' :meth:`~capt.backbones.base.TokenTower.stream`, if it is known: saves the pass.
 
     Raises:
         CaptError: a tower that does not pool by its first token.
     """
     if not tower.pools_first:
         raise CaptError("row by block: this tower's feature is not its first token's")
-    x = tower.embed(images)
-    found = [tower.project(x)]
-    for index in range(len(tower.blocks)):
-        x = tower.advance(x, start=index, stop=index + 1)
-        found.append(tower.project(x))
-    return torch.stack(found, dim=1)
+    return torch.stack([tower.project(x) for x in stream or tower.stream(images)], dim=1)
 
 
 def patch_mask(alpha: Tensor, grid: tuple[int, int], share: float = 0.5) -> Tensor:

@@ -28,6 +28,11 @@ _STAGES = {
     "tokens": "a patch token", "values": "a patch value", "single": "one patch pooled", "mean": "mean of tokens",
     "even": "equal weights", "oracle": "object's patches pooled", "final": "feature",
 }  # fmt: skip
+_VIEWS = {
+    "raw": "weights", "value_weighted": "times length of values", "without_sinks": "without sinks",
+    "rollout": "rollout through all blocks",
+}  # fmt: skip
+_MARGINS = {"whole": "all heads", "ablated": "without those above", "others": "without as many others"}
 _ROWS = 14
 
 
@@ -78,7 +83,8 @@ def gather(run: Path) -> dict[str, Any]:
             "maps": _maps(measured) if measured else [],
             "distance": _distance(measured, mitigated),
             "stages": _stages(explained) if explained else None,
-            "attention": _attention(explained) if explained else None,
+            "attention": _attention(explained) if explained and explained.get("attention") else None,
+            "carriers": _carriers(explained) if explained and explained.get("concepts") else None,
             "pictures": found.get("pictures", []),
             "confounds": _confounds(found),
             "mitigations": _mitigations(mitigated) if mitigated else None,
@@ -182,11 +188,61 @@ def _attention(explained: Mapping[str, Any]) -> dict[str, Any]:
         "layers": [f"{value:.2f}" for value in found["center_ratio_by_layer"]],
         "blank": f"{found['center_ratio_of_blank_pictures']:.2f}",
         "sinks": f"{100 * found['sink_mass']:.1f}",
-        "gain": [f"{ring['mean']:.2f} at {ring['distance']:.2f}" for ring in found["object_gain"]],
+        "rings": [f"{ring['distance']:.2f}" for ring in found["views"]["raw"]["object_gain"]],
+        "views": [
+            {"name": label, "cells": [
+                f"{view['center_ratio']:.2f}", *(f"{ring['mean']:.2f}" for ring in view["object_gain"]),
+            ]}
+            for name, label in _VIEWS.items()
+            if not isinstance(view := found["views"][name], str)
+        ],
+        "no_rollout": found["views"]["rollout"] if isinstance(found["views"]["rollout"], str) else "",
         "effects": effects if isinstance(effects, str) else "",
         "by_layer": [] if isinstance(effects, str) else [
-            {"layer": number, "center": f"{1000 * pair[0]:+.1f}", "off": f"{1000 * pair[1]:+.1f}"}
-            for number, pair in enumerate(zip(effects["by_layer_center"], effects["by_layer_off"], strict=True))
+            {"layer": number, "cells": [f"{1000 * value:+.1f}" for value in pair]}
+            for number, pair in enumerate(zip(effects["by_layer_center"], effects["by_layer_off"], strict=True), 1)
+        ],
+    }  # fmt: skip
+
+
+def _carriers(explained: Mapping[str, Any]) -> dict[str, Any]:
+    """Concepts, blocks and heads that carry an object."""
+    concepts, layers, heads = (explained[part] for part in ("concepts", "layers", "heads"))
+    named = {_STAGES[stage]: found["present"] for stage, found in concepts["stages"].items()}
+    return {
+        "curves": curves(named),
+        "dictionary": concepts["dictionary"], "most": concepts["most"], "objects": concepts["objects"],
+        "penalty": f"{concepts['penalty']:g}",
+        "stages": [
+            {"name": _STAGES[stage], "cells": [
+                _percent(found["center"]), _percent(found["off"]), _percent(found["not_shown"]),
+                f"{found['concepts']:.1f}", f"{found['quality']:.2f}",
+            ]}
+            for stage, found in concepts["stages"].items()
+        ],
+        "examples": [
+            {"name": f"{one['object']} {one['where']}",
+             "cells": [", ".join(f"{name} {weight:.2f}" for name, weight in one["concepts"]) or "none"]}
+            for one in concepts["examples"]
+        ],
+        "layers": [] if isinstance(layers, str) else [
+            {"name": "before block 1" if number == 0 else f"block {number}", "cells": [_percent(x) for x in cells]}
+            for number, cells in enumerate(zip(layers["center"], layers["off"], layers["chance"], strict=True))
+        ],
+        "best": "" if isinstance(layers, str) else layers["best"],
+        "no_heads": heads if isinstance(heads, str) else "",
+        "heads": [] if isinstance(heads, str) else [
+            {"name": one["name"], "cells": [
+                f"{one['slope']:+.2f}", f"{one['objects_falling']} of {one['objects']}", _percent(one["center"]),
+                _percent(one["off"]), ", ".join(one["texts"]), _percent(one["explained"]),
+            ]}
+            for one in heads["location"]
+        ],
+        "area": "" if isinstance(heads, str) else _percent(heads["area"]),
+        "margins": [] if isinstance(heads, str) else [
+            {"name": label, "cells": [f"{margins['center']:+.4f}", f"{margins['off']:+.4f}"]}
+            for name, label in _MARGINS.items()
+            if (margins := heads["margins"][name])
         ],
     }  # fmt: skip
 

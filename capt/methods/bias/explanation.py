@@ -11,6 +11,7 @@ from capt.data.position_grid import PositionGrid
 from capt.errors import DataError
 from capt.evaluation.position_results import Positions
 from capt.evaluation.position_statistics import Interval, bootstrap, holm, position_gap, sign_flip_test
+from capt.methods.bias.attribution import LOOKED_AT, Attribution, attribute
 from capt.methods.bias.stages import FloatArray, Progress, StageReader
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ class Explanation:
             feature.
         margins: by stage ("mean", "even", "oracle", "final"), float64 [K objects, P].
         visibility, competition: the losses; competition is None with fewer than two objects.
-        attention: statistics of the pooling row, JSON-able.
-        effects: direct effects by layer, JSON-able; a text says why there are none.
+        attribution: attention, concepts, blocks and heads; None if no object was looked at.
         settings: how it was done.
     """
 
@@ -124,8 +124,7 @@ class Explanation:
     margins: dict[str, FloatArray]
     visibility: Loss
     competition: Loss | None
-    attention: dict[str, Any]
-    effects: dict[str, Any] | str
+    attribution: Attribution | None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,7 +155,7 @@ class Explanation:
         )
         if any(one.where == "before pooling" for one in self.losses):
             found.append("What is lost before the last aggregation cannot be brought back by re-weighting it.")
-        return found
+        return found + (self.attribution.words() if self.attribution else [])
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -175,8 +174,7 @@ class Explanation:
             "vanish_map": self.positions.as_map(self.vanish),
             "aggregation_loss": self._rings(loss.mean(0)),
             "aggregation_loss_map": self.positions.as_map(loss.mean(0)),
-            "attention": self.attention,
-            "direct_effects": self.effects,
+            **(self.attribution.record() if self.attribution else {}),
             "positions": self.positions.record(),
             "settings": self.settings,
         }
@@ -198,6 +196,7 @@ def explain_center_bias(
     best: int = 3,
     pairs: int | None = None,
     level: float = 0.01,
+    looked_at: int = LOOKED_AT,
     progress: Progress | None = None,
 ) -> Explanation:
     """Follow lone objects, and pairs of objects, through the last aggregation of a model.
@@ -217,6 +216,8 @@ def explain_center_bias(
         best: an object counts as present among so many best names.
         pairs: of objects, disjoint; as many as there are by default.
         level: of the tests.
+        looked_at: objects whose attention, concepts and heads are followed (:mod:`capt.methods.bias.attribution`),
+            0 for none.
         progress: called with what is done, how far, of how many.
 
     Raises:
@@ -236,8 +237,7 @@ def explain_center_bias(
     competition = run.pairs(n_pairs, tell)
     totals = [visibility[0], competition[0]]
     adjusted = holm([sign_flip_test(values.round(_DECIMALS)) for values in totals])
-    tell("attention", 0, 1)
-    attention, effects = run.attention(positions), run.effects(positions)
+    attribution = attribute(run, positions, caption, best, looked_at, tell) if looked_at > 0 else None
     return Explanation(
         positions,
         lone.survival,
@@ -246,8 +246,7 @@ def explain_center_bias(
         lone.margins,
         _loss("visibility", "object", visibility[0], visibility[1], float(adjusted[0]), level),
         _loss("competition", "pair", competition[0], competition[1], float(adjusted[1]), level),
-        attention,
-        effects,
+        attribution,
         {"grid": grid.record(), "center_radius": center_radius, "caption": caption, "best": best, "level": level},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 from capt.data.position_grid import PositionGrid, Scene
 from capt.errors import CaptError
 from capt.evaluation.concept_survival import concept_scores, margin, vanished
-from capt.evaluation.position_results import Positions
-from capt.modules.attention_statistics import attention_rows, center_ratio, object_gain, position_share
-from capt.modules.direct_effects import direct_effects, object_share
 from capt.modules.pooling_stages import PoolingStages, even_row, patch_mask, pooling_stages
 
 if TYPE_CHECKING:
@@ -30,8 +27,6 @@ STAGES = ("tokens", "values", "single", "mean", "even", "oracle", "final")
 _PER_PATCH = STAGES[:3]
 #: Stages whose margins are kept.
 MARGINS = STAGES[3:]
-#: Objects whose attention and direct effects are looked at: those take passes of their own.
-_LOOKED_AT = 8
 
 
 class Lone(NamedTuple):
@@ -66,7 +61,7 @@ class StageReader:
         margins = {stage: np.zeros((k, p)) for stage in MARGINS}
         for thing in range(k):
             tell("stages of lone objects", thing, k)
-            for scenes in self._variants(thing):
+            for scenes in self.variants(thing):
                 masks = self.masks(scenes)
                 stages = pooling_stages(self.pooling, self.pooling.inputs(self.images(scenes)), masks)
                 own = torch.full((p,), thing, device=masks.device)
@@ -112,65 +107,12 @@ class StageReader:
                         found[number] += float((scores[:, 0] - scores[:, 1]).mean())
         return final / (2 * self.grid.variants), early / (2 * self.grid.variants)
 
-    @torch.no_grad()
-    def attention(self, positions: Positions) -> dict[str, Any]:
-        """Statistics of the pooling row: by layer and head, and by position of the object."""
-        things = range(min(_LOOKED_AT, len(self.texts)))
-        ratios, gains, rows = [], [], []
-        sinks = 0.0
-        for thing in things:
-            scenes = next(self._variants(thing))
-            found = attention_rows(self.pooling, self.images(scenes))
-            ratios.append(center_ratio(found.patches, self.pooling.grid).mean(0))
-            gains.append(object_gain(found.patches, self.masks(scenes)).mean(2)[:, -1])
-            rows.append(found.patches[positions.middle].mean(1)[-1])
-            sinks += float(found.sink_mass()[:, -1].mean()) / len(things)
-        ratio, gain = torch.stack(ratios).mean(0).double().cpu(), torch.stack(gains).mean(0).double().cpu().numpy()
-        blank = attention_rows(self.pooling, self.images(self._blanks()))
-        return {
-            "kind": self.pooling.kind,
-            "center_ratio_by_layer": ratio.mean(1).tolist(),
-            "center_ratio_by_head": ratio[-1].tolist(),
-            "center_ratio_of_blank_pictures": float(center_ratio(blank.patches, self.pooling.grid)[:, -1].mean()),
-            "position_share": self._position_share(rows),
-            "sink_mass": sinks,
-            "object_gain": positions.rings(gain),
-            "object_gain_map": positions.as_map(gain),
-        }
-
-    @torch.no_grad()
-    def effects(self, positions: Positions) -> dict[str, Any] | str:
-        """Part of the true name's direct effect that comes from the object's patches, and its amount by layer."""
-        shares, layers = [], []
-        try:
-            for thing in range(min(_LOOKED_AT, len(self.texts))):
-                scenes = next(self._variants(thing))
-                effects = direct_effects(self.pooling, self.images(scenes))
-                scores = effects.concept_scores(self.texts[thing : thing + 1].to(self.backbone.dtype))
-                masks = self.masks(scenes)
-                shares.append(object_share(scores, masks)[:, 0].double().cpu().numpy())
-                patches = scores[..., -masks.shape[1] :, 0] * masks[:, None, None]
-                layers.append((patches.sum((2, 3)) / effects.total().norm(dim=-1)[:, None]).double().cpu().numpy())
-        except CaptError as error:
-            return str(error)
-        share, by_layer, center = np.mean(shares, 0), np.mean(layers, 0), positions.center
-        return {
-            "object_share": positions.rings(share),
-            "by_layer_center": by_layer[center].mean(0).tolist(),
-            "by_layer_off": by_layer[~center].mean(0).tolist(),
-        }
-
-    def _position_share(self, rows: list[Tensor]) -> float | None:
-        if len(rows) < 2:
-            return None
-        share = float(position_share(torch.stack(rows)[:, None, None]).mean())
-        return None if np.isnan(share) else share
-
-    def _variants(self, thing: int) -> Iterator[list[Scene]]:
+    def variants(self, thing: int) -> Iterator[list[Scene]]:
         """Scenes with the object in each cell, variant by variant."""
         return (self.grid.single(thing, variant)[1:] for variant in range(self.grid.variants))
 
-    def _blanks(self) -> list[Scene]:
+    def blanks(self) -> list[Scene]:
+        """The grounds alone."""
         return [self.grid.single(0, variant)[0] for variant in range(self.grid.variants)]
 
 
