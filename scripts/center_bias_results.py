@@ -1,8 +1,9 @@
 """Measure, explain and mitigate the center bias of both shipped models and write everything to a JSON file.
 
-A run is a model and a number of cells; runs that are in the output are not repeated.
+A run is a model, cells, objects and passes; runs that are in the output are not repeated.
 
     python scripts/center_bias_results.py --out docs/results/center_bias.json
+    python scripts/center_bias_results.py --models embedded --cells 3 --n 40 --passes 6 --out docs/results/center_bias.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,21 @@ def main() -> None:
     parser.add_argument("--objects", default="emoji")
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--cells", type=int, nargs="+", default=[5, 3])
+    parser.add_argument("--passes", type=int, default=1, help="of the mitigation")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     results = read_json(chosen.out) if chosen.out.is_file() else {"schema": 1, "runs": {}}
     results["machine"] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in chosen.models:
         for cells in chosen.cells:
-            key = f"{name}, {cells} x {cells}"
+            key = f"{name}, {cells} x {cells}, {chosen.n} objects, {chosen.passes} passes".replace("1 passes", "1 pass")
             if key in results["runs"]:
                 continue
             bias = capt.CenterBias(capt.load(name), chosen.objects, n=chosen.n, cells=cells)
             # The choice of objects is part of what the first step takes.
             steps: dict[str, Callable[[], Any]] = {
                 "measure": bias.measure, "preprocessing": bias.check_preprocessing, "explain": bias.explain,
-                "mitigate": bias.mitigate,
+                "mitigate": partial(bias.mitigate, passes=chosen.passes),
             }  # fmt: skip
             found = {}
             for step, run in steps.items():
