@@ -2,8 +2,8 @@
 
 A run is a model, cells, objects and passes; runs that are in the output are not repeated.
 
-    python scripts/center_bias_results.py --out docs/results/center_bias.json
-    python scripts/center_bias_results.py --models embedded --cells 3 --n 40 --passes 6 --out docs/results/center_bias.json
+    python scripts/center_bias_results.py --out results.json
+    python scripts/center_bias_results.py --out results.json --models embedded --cells 3 --n 40 --passes 6
 """
 
 from __future__ import annotations
