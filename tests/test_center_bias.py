@@ -155,7 +155,7 @@ def test_drop_sides_and_orders_are_reported_by_position():
     assert record["choice_maps"]["central only"][0][0] == 1 and record["choice_maps"]["central only"][3][3] is None
     assert record["first_name_first"] == record["first_name_last"] == record["choices"]["off"]
     assert record["kept_central_less_peripheral"]["estimate"] == pytest.approx(1 - CLOSED_FORM[0], abs=1e-3)
-    assert record["preference"]["low"] > 0 and record["images"] == 2 * 2 * (2 * 48 + 1)
+    assert record["preference"]["low"] > 0 and record["images"] == 2 * 2 * (48 + 1 + 4)
 
 
 def test_first_noun_preference_does_not_look_like_a_center_bias():
@@ -219,7 +219,7 @@ def test_the_shipped_model_is_measured_and_the_record_is_json():
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["single"]["accuracy"] > 0.5  # chance is 1/6
     assert found.single.lift.mean() > 0.05
-    assert record["cost"]["images"] == 6 * 10 + 3 * 2 * 17 == record["single"]["images"] + 6 + record["pair"]["images"]
+    assert record["cost"]["images"] == 6 * 10 + 3 * 2 * 13 == record["single"]["images"] + 6 + record["pair"]["images"]
     assert record["cost"]["seconds"] > record["cost"]["drawing_seconds"] > 0
     assert record["settings"]["grid"]["objects"]["names"] == list(found.single.names)
     middle = grid.tensor([grid.single(0, 0)[1 + 4]])

@@ -33,7 +33,7 @@ class BiasOptions:
     """Positions along each side, odd; fewer make larger objects."""
     fill: float = 0.8
     """Side of an object over side of a cell."""
-    backgrounds: tuple[str, ...] = ("grey", "noise")
+    backgrounds: tuple[str, ...] = ("grey",)
     """Some of grey, white, noise, gradient, texture, or paths of photographs."""
     replicates: int = 1
     """Pictures of every object and position on every ground."""

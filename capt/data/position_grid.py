@@ -129,6 +129,12 @@ class PositionGrid:
         return [cell for cell in range(self.cells**2) if cell != self.middle]
 
     @property
+    def corners(self) -> list[int]:
+        """The four cells in the corners, row by row."""
+        side = self.cells - 1
+        return [0, side, self.cells * side, self.cells * side + side]
+
+    @property
     def variants(self) -> int:
         """Grounds times replicates."""
         return len(self.backgrounds) * self.replicates
@@ -157,18 +163,18 @@ class PositionGrid:
         return [Scene(key), *(Scene(key, (self._in_cell(thing, key, cell),)) for cell in range(self.cells**2))]
 
     def pair(self, central: int, peripheral: int, variant: int) -> list[Scene]:
-        """Two objects: 2 (G*G - 1) + 1 scenes.
+        """Two objects: G*G - 1, 1 and 4 scenes.
 
         First ``central`` in the middle and ``peripheral`` in each of the :attr:`others`; then both side by side within
-        the middle cell at half size (``central`` on the left); then the first layout again at half size, as the control
-        in which only places differ from the scene before.
+        the middle cell at half size (``central`` on the left); then the first layout again at half size and in the
+        :attr:`corners` alone, as the control in which only places differ from the scene before.
         """
         key = (*sorted((central, peripheral)), variant)
         half = self.grid.side // 2
         scenes = [
             Scene(key, tuple(self._in_cell(thing, key, cell, side) for thing, cell in placed))
-            for side in (self.grid.side, half)
-            for placed in (((central, self.middle), (peripheral, cell)) for cell in self.others)
+            for side, cells in ((self.grid.side, self.others), (half, self.corners))
+            for placed in (((central, self.middle), (peripheral, cell)) for cell in cells)
         ]
         box = self._in_cell(central, key, self.middle)
         top = box.top + (box.side - half) // 2

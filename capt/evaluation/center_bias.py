@@ -240,8 +240,9 @@ def recognised_objects(
 ) -> Cutouts:
     """The ``n`` objects of a grid that a model names best, chosen without favouring any position.
 
-    Each object is shown in the middle and in the four corner cells, both counting equally, on grounds and in looks that
-    the grid itself does not use. So an encoder without a center bias does not get one by the choice.
+    Each object is shown in the middle and in two opposite corner cells (the other two for every other object), middle
+    and corners counting equally, on the first ground, in looks that the grid itself does not use. So an encoder without
+    a center bias does not get one by the choice.
 
     Args:
         model: what will be measured.
@@ -255,24 +256,22 @@ def recognised_objects(
     """
     if not 1 <= n <= len(grid.cutouts):
         raise DataError(f"n: found {n}, expected 1 to {len(grid.cutouts)}, the objects of the grid")
-    other = replace(grid, seed=grid.seed + 1)
+    other = replace(grid, seed=grid.seed + 1, backgrounds=grid.backgrounds[:1])
     run = SceneEncoder(model, other, batch_size)
     texts = run.encode_texts([caption.replace("{}", name) for name in grid.cutouts.names])
-    side = grid.cells - 1
-    corners = [0, side, grid.cells * side, grid.cells**2 - 1]
-    scores = []
-    for thing in range(len(grid.cutouts)):
-        scenes = [
-            other.single(thing, variant)[1 + cell]
-            for variant in range(other.variants)
-            for cell in (other.middle, *corners)
-        ]
-        found = run.encode(scenes) @ texts.T
-        own = found[:, thing].clone()
-        found[:, thing] = -torch.inf
-        margin = (own - found.amax(1)).unflatten(0, (-1, 5))
-        scores.append(float(margin[:, 0].mean() + margin[:, 1:].mean()))
-    return grid.cutouts.choose(np.argsort(-np.array(scores), kind="stable")[:n].tolist())
+    diagonals = other.corners[::3], other.corners[1:3]
+    scenes = [
+        other.single(thing, variant)[1 + cell]
+        for thing in range(len(grid.cutouts))
+        for variant in range(other.variants)
+        for cell in (other.middle, *diagonals[thing % 2])
+    ]
+    found = run.encode(scenes) @ texts.T
+    own = torch.eye(len(texts), dtype=torch.bool).repeat_interleave(3 * other.variants, 0)
+    margin = found[own] - found.masked_fill(own, -torch.inf).amax(1)
+    middle, away = margin.view(len(texts), other.variants, 3).mean(1).split([1, 2], dim=1)
+    scores = (middle + away.mean(1, keepdim=True))[:, 0]
+    return grid.cutouts.choose(scores.argsort(descending=True, stable=True)[:n].tolist())
 
 
 def _single(run: SceneEncoder, positions: Positions, caption: str) -> Visibility:
@@ -309,7 +308,8 @@ def _pair(run: SceneEncoder, positions: Positions, n_pairs: int | None, distract
     generator = np.random.default_rng(grid.seed)
     chosen = generator.permutation(len(names))[: 2 * n_pairs].reshape(n_pairs, 2)
     n_others, shape = len(positions.others), (n_pairs, 2, grid.variants, 2)
-    choice, control = np.empty((*shape, n_others), np.int64), np.empty((*shape, n_others), np.int64)
+    choice = np.empty((*shape, n_others), np.int64)
+    control = np.empty((*shape, len(grid.corners)), np.int64)
     center, preference = np.empty(shape, np.int64), np.empty((*shape[:3], n_others))
     for number, (a, b) in enumerate(chosen.tolist()):
         last = _last_caption(distractor, names, (a, b), generator)

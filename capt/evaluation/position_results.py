@@ -236,7 +236,7 @@ class Competition:
         pairs: names of the two objects of each pair, [N].
         positions: where the second object was; only ``positions.others`` occur.
         choice: int64 [N, 2, V, 2, P - 1], what the chosen caption keeps (a position in ``CHOICES``).
-        control: the same with objects of half the size.
+        control: the same with objects of half the size, the second in a corner, int64 [N, 2, V, 2, 4].
         center: int64 [N, 2, V, 2], both objects side by side in the middle, at half the size.
         preference: float64 [N, 2, V, P - 1], cosine of the central object's name less the peripheral one's.
     """
@@ -261,7 +261,7 @@ class Competition:
         """Both found side by side in the middle less both found apart, for each pair, float64 [N].
 
         Args:
-            matched: apart at the same size; False compares with objects of full size.
+            matched: apart at the same size, in the corners; False compares with objects of full size at all positions.
         """
         apart = self.control if matched else self.choice
         gap: FloatArray = (self.center == BOTH).mean((1, 2, 3)) - (apart == BOTH).mean((1, 2, 3, 4))
@@ -282,7 +282,7 @@ class Competition:
         maps = {name: self.positions.as_map((self.choice == kind).mean(axes)) for kind, name in enumerate(CHOICES)}
         return {
             "pairs": [list(pair) for pair in self.pairs],
-            "images": self.preference.size * 2 + self.center.size // 2,
+            "images": self.preference.size + (self.center.size + self.control.size) // 2,
             "chance": 1 / len(CHOICES),
             "accuracy_off": float(self.profile.mean()),
             "accuracy_off_half_size": float((self.control == BOTH).mean()),

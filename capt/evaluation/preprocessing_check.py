@@ -27,34 +27,30 @@ _WIDE = 4 / 3
 
 @dataclass(frozen=True, eq=False)
 class PreprocessingCheck:
-    """Lone objects on pictures of 4:3, named after each way of preprocessing.
+    """Lone objects along the middle row of pictures of 4:3, whose ends a crop cuts, after each way of preprocessing.
 
     Attributes:
-        positions: of the objects in the whole picture.
-        right: by preprocessing, float64 [K objects, P]: 1 where the object is named.
-        visible: by preprocessing, float64 [P]: share of the object's box that the model gets to see; None if unknown.
+        x: float64 [G], where the objects were, in [-1, 1].
+        center: bool [G], |x| is at most the center radius.
+        right: by preprocessing, float64 [K objects, G]: 1 where the object is named.
+        visible: by preprocessing, float64 [G]: share of the object's box that the model gets to see; None if unknown.
     """
 
-    positions: Positions
+    x: NDArray[np.float64]
+    center: NDArray[np.bool_]
     right: dict[str, NDArray[np.float64]]
     visible: dict[str, NDArray[np.float64] | None]
 
     @property
     def encoder_gap(self) -> float:
         """Center less off-center accuracy where nothing is cut off ("squash")."""
-        return float(position_gap(self.right["squash"], self.positions.center).mean())
+        return float(position_gap(self.right["squash"], self.center).mean())
 
     def words(self) -> str:
         """What the preprocessing adds, in one sentence."""
-        gaps = {
-            mode: _points(bootstrap(position_gap(right, self.positions.center))) for mode, right in self.right.items()
-        }
+        gaps = {mode: _points(bootstrap(position_gap(right, self.center))) for mode, right in self.right.items()}
         off = self.visible["native"]
-        seen = (
-            ""
-            if off is None
-            else f", {100 * off[~self.positions.center].mean():.0f} % of off-center objects' area seen"
-        )
+        seen = "" if off is None else f", {100 * off[~self.center].mean():.0f} % of off-center objects' area seen"
         return (
             f"Confound check, preprocessing crop, on 4:3 pictures: center less off-center accuracy is "
             f"{gaps['native']} points with the model's own preprocessing (native{seen}) and "
@@ -64,7 +60,7 @@ class PreprocessingCheck:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        center = self.positions.center
+        center = self.center
         rows = {}
         for mode, right in self.right.items():
             visible = self.visible[mode]
@@ -72,11 +68,11 @@ class PreprocessingCheck:
                 "accuracy_center": float(right[:, center].mean()),
                 "accuracy_off": float(right[:, ~center].mean()),
                 "gap": bootstrap(position_gap(right, center)).record(),
-                "accuracy_map": self.positions.as_map(right.mean(0)),
+                "accuracy": right.mean(0).tolist(),
                 "visible_center": None if visible is None else float(visible[center].mean()),
                 "visible_off": None if visible is None else float(visible[~center].mean()),
             }
-        return {"words": self.words(), "preprocessing": rows, "positions": self.positions.record()}
+        return {"words": self.words(), "preprocessing": rows, "x": self.x.tolist(), "center": self.center.tolist()}
 
 
 def _points(gap: Interval) -> str:
@@ -92,7 +88,7 @@ def check_preprocessing(
     modes: Sequence[str] = PREPROCESSING,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PreprocessingCheck:
-    """Name every lone object of a grid on pictures of 4:3, first variant only, once for each way of preprocessing.
+    """Name every lone object along the middle row of pictures of 4:3, first variant, once for each preprocessing.
 
     Args:
         backbone: the model.
@@ -104,35 +100,35 @@ def check_preprocessing(
     height, width = grid.image_hw
     # Patches of one pixel: cells spread evenly, and nothing is shifted.
     wide = replace(grid, image_hw=(height, round(_WIDE * width)), patch_hw=(1, 1), replicates=1, placement="random")
-    positions = Positions.of(wide.grid, center_radius)
+    row = slice(wide.cells * (wide.cells // 2), wide.cells * (wide.cells // 2 + 1))
+    center = Positions.of(wide.grid, center_radius).center[row]
     names = grid.cutouts.names
     texts = backbone.text_features([caption.replace("{}", name) for name in names]).float()
     transforms = {mode: preprocessing(backbone, mode) for mode in modes}
-    right = {mode: np.zeros((len(names), wide.cells**2)) for mode in modes}
+    right = {mode: np.zeros((len(names), wide.cells)) for mode in modes}
     for thing in range(len(names)):
         if progress:
             progress("confound check", thing, len(names))
-        pictures = [wide.picture(scene) for scene in wide.single(thing, 0)[1:]]
-        for mode, transform in transforms.items():
-            with torch.no_grad():
-                features = backbone.image_features(torch.stack([transform(picture) for picture in pictures]))
-            scores = F.normalize(features.float(), dim=-1) @ texts.T
-            right[mode][thing] = (scores.argmax(-1) == thing).double().cpu().numpy()
-    return PreprocessingCheck(positions, right, {mode: _visible(one, wide) for mode, one in transforms.items()})
+        pictures = [wide.picture(scene) for scene in wide.single(thing, 0)[1:][row]]
+        images = torch.stack([transform(picture) for transform in transforms.values() for picture in pictures])
+        with torch.no_grad():
+            features = backbone.image_features(images)
+        found = (F.normalize(features.float(), dim=-1) @ texts.T).argmax(-1).view(len(modes), -1) == thing
+        for mode, values in zip(modes, found.double().cpu().numpy(), strict=True):
+            right[mode][thing] = values
+    visible = {mode: _visible(one, wide) for mode, one in transforms.items()}
+    return PreprocessingCheck(wide.grid.xy[row, 0], center, right, visible)
 
 
 def _visible(transform: Any, grid: PositionGrid) -> NDArray[np.float64] | None:
-    """Share of an object in each cell that is in front of the model, float64 [P]."""
+    """Share of an object in each cell of the middle row that is in front of the model, float64 [G]."""
     cells = grid.grid
     if not isinstance(transform, EvalTransform):
-        return np.ones(len(cells.radius)) if hasattr(transform, "to_tensor") else None
-    height, width = grid.image_hw
+        return np.ones(grid.cells) if hasattr(transform, "to_tensor") else None
     if transform.resize_mode != "shortest":
-        return np.ones(len(cells.radius))
-    scale = min(height / transform.size[0], width / transform.size[1])
-    shares = []
-    for starts, length, target in ((cells.tops, height, transform.size[0]), (cells.lefts, width, transform.size[1])):
-        first = (length - scale * target) / 2
-        overlap = np.minimum(starts + cells.side, length - first) - np.maximum(starts, first)
-        shares.append(overlap.clip(0) / cells.side)
-    return np.asarray((shares[0][:, None] * shares[1][None]).reshape(-1))
+        return np.ones(grid.cells)
+    height, width = grid.image_hw
+    seen = min(height / transform.size[0], width / transform.size[1]) * transform.size[1]
+    first = (width - seen) / 2
+    overlap = np.minimum(cells.lefts + cells.side, width - first) - np.maximum(cells.lefts, first)
+    return np.asarray(overlap.clip(0) / cells.side)

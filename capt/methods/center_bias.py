@@ -43,7 +43,7 @@ class CenterBias:
         candidates: int | None = None,
         cells: int = 5,
         fill: float = 0.8,
-        backgrounds: Sequence[str | Path] = ("grey", "noise"),
+        backgrounds: Sequence[str | Path] = ("grey",),
         replicates: int = 1,
         center_radius: float = 0.5,
         caption: str = "a {}",
