@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -206,6 +207,43 @@ def test_choosing_recognised_objects_makes_no_center_bias():
         gaps.append(found.findings["lift"].effect.estimate)
         alarms += found.verdict != NOT_SHOWN
     assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5 and alarms <= 2
+
+
+class ByPicture:
+    """An encoder whose features are noise that depends on nothing but the picture."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def image_features(self, images):
+        keys = [zlib.crc32(image.numpy().tobytes(), self.seed) for image in images]
+        return torch.stack([torch.randn(32, generator=torch.Generator().manual_seed(key)) for key in keys])
+
+    def text_features(self, texts):
+        keys = [zlib.crc32(text.encode(), self.seed) for text in texts]
+        found = torch.stack([torch.randn(32, generator=torch.Generator().manual_seed(key)) for key in keys])
+        return torch.nn.functional.normalize(found, dim=-1)
+
+
+def test_choosing_objects_for_an_encoder_of_noise_makes_it_neither_biased_nor_able():
+    """On few positions, plain ground and drawings that look the same every time."""
+    found = []
+    for seed in range(20):
+        model, grid = ByPicture(seed), PositionGrid(drawn_shapes(30), (32, 32), (8, 8), 3, backgrounds=("grey",))
+        chosen = replace(grid, cutouts=recognised_objects(model, grid, 16))
+        found.append(measure_center_bias(model, chosen, layouts=["single"]))
+    assert sum(one.verdict == NOT_TOLD for one in found) >= 18
+    gaps = [one.findings["lift"].effect.estimate for one in found]
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5
+
+
+def test_a_test_over_too_few_units_says_so():
+    model = PlantedBias(6)
+    found = measure_center_bias(model, model.grid(5), layouts=["pair"])
+    assert found.findings["competition"].effect.low > 0.5 and found.verdict == NOT_SHOWN
+    assert any("3 pairs are too few" in warning for warning in found.warnings)
+    enough = PlantedBias(20)
+    assert not measure_center_bias(enough, enough.grid(5), layouts=["pair"]).warnings
 
 
 # ---- the shipped model, records, errors ------------------------------------------------------------------------------

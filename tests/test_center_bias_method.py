@@ -15,6 +15,7 @@ from capt.errors import CaptError, DamagedFileError, DataError
 from capt.evaluation.center_bias import NOT_SHOWN, TO_CENTER, measure_center_bias
 from capt.evaluation.position_results import Positions
 from capt.evaluation.preprocessing_check import check_preprocessing
+from capt.methods.bias.explanation import explain_center_bias
 from capt.methods.bias.members import (
     Member,
     ShuffledBias,
@@ -131,6 +132,18 @@ def test_every_kind_of_tower_is_mitigated_from_end_to_end(name):
     json.dumps(found.record(), allow_nan=False)
 
 
+@pytest.mark.parametrize("change", [RadialBias(strength=1.0), PatchPooling("mean token"), CropPooling()])
+def test_a_changed_model_is_not_taken_for_the_plain_one(change):
+    plain = with_words("open_clip ViT, class token")
+    changed, grid = Member("a", change).apply(plain), real_grid(plain)
+    with pytest.raises(CaptError, match="changed already"):
+        mitigate_center_bias(changed, grid, center_radius=0.1)
+    with pytest.raises(CaptError, match="changed already"):
+        explain_center_bias(changed, grid, center_radius=0.1)
+    with pytest.raises(CaptError, match="changed already"):
+        Member("b", RadialBias(strength=2.0)).apply(changed)
+
+
 def test_inverted_members_point_the_other_way():
     prior = torch.rand(1, 9)
     assert inverted(Member("a", RadialBias(strength=2.0))).change.strength == -2
@@ -149,6 +162,12 @@ def test_random_patches_keep_the_amounts_and_lose_the_places():
     assert torch.equal(control.bias((4, 4)).sort().values, rule.bias((4, 4)).sort().values)
     assert not torch.equal(control.bias((4, 4)), rule.bias((4, 4)))
     assert shuffled(Member("a", MassTransfer()), 3).groups == CenterGroups(seed=3)
+
+
+def test_what_cannot_be_opened_again_is_not_stored(tmp_path):
+    backbone = planted(4, patches=3)
+    with pytest.raises(CaptError, match="a ShuffledBias cannot be stored"):
+        save_member(tmp_path, shuffled(RADIAL[1], 0), backbone, {})
 
 
 def test_stored_members_come_back_the_same(tmp_path):
@@ -236,6 +255,9 @@ def test_too_few_objects_are_refused():
         mitigate_center_bias(backbone, backbone.plan.grid(3), center_radius=0.1)
     with pytest.raises(CaptError, match="at least 2"):
         capt.CenterBias(backbone, n=1)
+    for wrong in ({"passes": 0}, {"region_objects": -1}, {"level": 0.0}):
+        with pytest.raises(CaptError, match=f"{next(iter(wrong))}: found"):
+            mitigate_center_bias(backbone, backbone.plan.grid(3), center_radius=0.1, **wrong)
     with pytest.raises(CaptError, match="candidates: found 3, expected at least the 4"):
         capt.CenterBias(backbone, n=4, candidates=3)
     with pytest.raises(CaptError, match="neither 'emoji' nor 'shapes'"):

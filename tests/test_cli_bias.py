@@ -74,6 +74,21 @@ def test_a_folder_of_another_model_is_refused(run, capsys):
     assert "holds the bias of another model" in capsys.readouterr().err
 
 
+def test_a_folder_of_another_kind_or_a_damaged_one_is_refused_before_the_work(run, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["bias", "measure", *FEW, "--out", str(tmp_path)]) == 2
+    assert "a run of another kind" in capsys.readouterr().err
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    record = json.loads((run / "bias.json").read_text())
+    for part, value in (("took", 3), ("explain", "x"), ("measure", {})):
+        (damaged / "bias.json").write_text(json.dumps({**record, part: value}))
+        assert main(["bias", "measure", *FEW, "--out", str(damaged)]) == 4
+        assert "run 'capt bias' again" in capsys.readouterr().err
+    assert main(["bias", "measure", *FEW, "--out", str(tmp_path / "run.json" / "x")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_run_without_a_mitigation_is_no_model(tmp_path):
     with pytest.raises(CaptError, match=r"mitigation\.json"):
         ModelOptions(f"bias:{tmp_path}").open()

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 PoolingKind = Literal["class token", "attention", "average"]
 
 
+def plain_pooling(tower: TokenTower) -> Pooling:
+    """The pooling of a tower that is as the model made it.
+
+    Raises:
+        CaptError: its feature is made in another way already, or the pooling cannot be taken apart.
+    """
+    pooling = tower.pooling()
+    if pooling.tower is not tower:
+        raise CaptError("backbone: its pooling is changed already; start from the plain model")
+    return pooling
+
+
 class PoolingHeads(NamedTuple):
     """What the pooling row sees: query [B, H, dh] or [H, dh] (learned), keys and values [B, L, H, dh]."""
 

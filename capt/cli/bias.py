@@ -123,7 +123,8 @@ def mitigate(
 ) -> int:
     """What helps without training, chosen on half of the objects and tested on the other half.
 
-    Where a change helps, '--model bias:RUN' is the changed model for every other command.
+    Where a change helps, '--model bias:RUN' is the changed model for other commands. Methods that put modules between
+    the layers of the image tower go around a mean over crops.
 
     Args:
         model: which CLIP model.
@@ -165,9 +166,13 @@ def _run(
     took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     about = {
         "name": backbone.name, "fingerprint": backbone.fingerprint(), "model": model.model,
-        "pretrained": model.pretrained, "seed": pictures.seed, "pictures": vars(pictures),
+        "pretrained": model.pretrained, "seed": pictures.seed,
     }  # fmt: skip
-    record = {**kept, "schema": 1, "model": about, **parts, "took": {**kept.get("took", {}), step: took}}
+    record = {
+        **kept, "schema": 1, "model": about, **parts,
+        "took": {**kept.get("took", {}), step: took},
+        "asked": {**kept.get("asked", {}), step: vars(pictures)},
+    }  # fmt: skip
     write_json(out / FILE, record)
     try:
         page = str(report.write_bias_report(out))
@@ -185,13 +190,17 @@ def _kept(out: Path, backbone: Backbone) -> dict[str, Any]:
     """What earlier steps wrote for the same model.
 
     Raises:
-        CaptError: the folder holds another model's.
+        CaptError: the folder holds another model's, or another kind of run.
+        DamagedFileError: what is there cannot be shown.
     """
-    from capt.report.bias import FILE, read_bias
+    from capt.report.bias import FILE, gather, read_bias
 
     if not (out / FILE).is_file():
+        if (out / "run.json").exists():
+            raise CaptError(f"--out {out}: holds a run of another kind; give another folder")
         return {}
     kept = read_bias(out)
+    gather(out)  # what is damaged is refused before the work
     try:
         name, fingerprint = kept["model"]["name"], kept["model"]["fingerprint"]
     except KeyError as error:

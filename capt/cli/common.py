@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,11 @@ class ModelOptions:
         """The model that a mitigation was made for, with its change."""
         from capt.methods.bias.members import load_member, read_stored
 
-        opened = read_stored(run).get("opened_with", {})
-        if not isinstance(opened.get("model"), str):
+        opened = read_stored(run).get("opened_with")
+        if not isinstance(opened, dict) or not isinstance(opened.get("model"), str):
             raise CaptError(f"--model {self.model}: its record does not say how the model was opened")
+        if opened["model"].startswith(MITIGATED):
+            raise CaptError(f"--model {self.model}: made for a changed model; run 'capt bias mitigate' on a plain one")
         plain = ModelOptions(opened["model"], self.pretrained or opened.get("pretrained"), self.device).open()
         return load_member(run, plain)
 
@@ -199,9 +202,12 @@ class ProgressLine:
 
 
 def check_out(out: Path) -> Path:
-    """Refuse an output path that is a file, before hours are spent."""
+    """Refuse an output path that is a file or cannot be written, before hours are spent."""
     if out.exists() and not out.is_dir():
         raise CaptError(f"--out {out}: a file is there; give the name of a folder")
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CaptError(f"--out {out}: '{there}' cannot be written; give another folder")
     return out
 
 

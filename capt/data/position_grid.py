@@ -150,7 +150,7 @@ class PositionGrid:
             "fill": self.fill,
             "placement": self.placement,
             "phase_matched": self.grid.matched,
-            "backgrounds": [one.name for one in self._grounds],
+            "backgrounds": [one.name for one in self.grounds],
             "replicates": self.replicates,
             "seed": self.seed,
         }
@@ -263,7 +263,7 @@ class PositionGrid:
 
     def _ground(self, key: tuple[int, ...]) -> tuple[Pixels, Pixels]:
         """Canvas [3, height, width] in [0, 255] without objects, and normalised; the last one is kept."""
-        kind = self._grounds[key[-1] // self.replicates]
+        kind = self.grounds[key[-1] // self.replicates]
         name = (kind, key if kind.random else None)
         if self._last[0] != name:
             drawn = kind.draw(self.image_hw, self._random(_BACKGROUND, *key))
@@ -273,7 +273,7 @@ class PositionGrid:
         return kept
 
     @property
-    def _grounds(self) -> tuple[Background, ...]:
+    def grounds(self) -> tuple[Background, ...]:
         return self.backgrounds  # type: ignore[return-value]  # __post_init__ has made them
 
     def _look(self, thing: int, number: int, side: int) -> Pixels:

@@ -24,7 +24,7 @@ from capt.evaluation.position_results import (
     Positions,
     Visibility,
 )
-from capt.evaluation.position_statistics import Interval, bootstrap, holm, sign_flip_test
+from capt.evaluation.position_statistics import Interval, bootstrap, check_level, holm, sign_flip_test
 from capt.evaluation.scene_encoder import Encoder, SceneEncoder
 from capt.evaluation.whats_up import DISTRACTOR, four_captions, four_way_choice
 
@@ -35,6 +35,7 @@ NOT_SHOWN = "not shown to be biased"
 NOT_TOLD = "cannot be told: objects are named no better than by chance"
 TO_CENTER = "biased to the center"
 TO_BORDER = "biased to the border"
+_OTHER_GROUNDS = ("white", "grey", "gradient", "noise", "texture")  # for choosing objects
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Finding:
 
     Attributes:
         question: what was asked.
+        compared: what the effect is a difference of.
         unit: what the test counts ("object", "pair").
         units: how many.
         effect: mean over the units with its 95 % interval; above 0 favours the center.
@@ -52,6 +54,7 @@ class Finding:
     """
 
     question: str
+    compared: str
     unit: str
     units: int
     effect: Interval
@@ -129,6 +132,12 @@ class CenterBiasResult:
                 "lone objects are named no better than by chance, so their accuracy says nothing about positions; use "
                 "fewer cells, larger objects (fill=1), or objects the model knows, chosen among more candidates"
             )
+        for name, finding in self.findings.items():
+            if 2.0 ** (1 - finding.units) * len(self.findings) > self.level:
+                found.append(
+                    f"{finding.units} {finding.unit}s are too few for the test of {name} to show anything at "
+                    f"{self.level:g}; use more objects"
+                )
         if self.pair is not None and self.pair.shares(self.pair.choice)["neither"] > 0.5:
             found.append("in most pictures of two objects neither is found, so few are left to compete")
         return found
@@ -149,25 +158,38 @@ class CenterBiasResult:
 
 
 def _findings(single: Visibility | None, pair: Competition | None, level: float) -> dict[str, Finding]:
-    asked: dict[str, tuple[str, str, FloatArray]] = {}
+    asked: dict[str, tuple[str, str, str, FloatArray]] = {}
     if single is not None:
-        asked["visibility"] = ("is a lone object named correctly more often in the center?", "object", single.gaps())
+        asked["visibility"] = (
+            "is a lone object named correctly more often in the center?",
+            "accuracy, center less off-center",
+            "object",
+            single.gaps(),
+        )
         asked["lift"] = (
             "does a lone object change the score of its name more in the center?",
+            "change, center less off-center",
             "object",
             single.lift_gaps(),
         )
     if pair is not None:
-        asked["competition"] = ("of two objects, is the one in the middle kept more often?", "pair", pair.kept())
+        asked["competition"] = (
+            "of two objects, is the one in the middle kept more often?",
+            "share of pictures with only that one found less share with only the other",
+            "pair",
+            pair.kept(),
+        )
     if not asked:
         return {}
-    p_values = [sign_flip_test(values) for _, _, values in asked.values()]
+    p_values = [sign_flip_test(values) for *_, values in asked.values()]
     found = {}
-    for (name, (question, unit, values)), p, adjusted in zip(asked.items(), p_values, holm(p_values), strict=True):
+    for (name, (question, compared, unit, values)), p, adjusted in zip(
+        asked.items(), p_values, holm(p_values), strict=True
+    ):
         effect = bootstrap(values)
         shown = TO_CENTER if effect.estimate > 0 else TO_BORDER
         verdict = shown if adjusted <= level else NOT_SHOWN
-        found[name] = Finding(question, unit, len(values), effect, p, float(adjusted), verdict)
+        found[name] = Finding(question, compared, unit, len(values), effect, p, float(adjusted), verdict)
     return found
 
 
@@ -216,8 +238,7 @@ def measure_center_bias(
             raise CaptError(f"layouts: found {layout!r}, expected some of {', '.join(LAYOUTS)}")
     if caption.count("{}") != 1:
         raise CaptError(f"caption: found {caption!r}, expected '{{}}' once, for the name of the object")
-    if not 0 < level < 1:
-        raise CaptError(f"level: found {level}, expected a probability such as 0.01")
+    check_level(level)
     run = SceneEncoder(model, grid, batch_size)
     positions = Positions.of(grid.grid, center_radius)
     single = _single(run, positions, caption) if "single" in layouts else None
@@ -236,19 +257,26 @@ def measure_center_bias(
 
 
 def recognised_objects(
-    model: Encoder, grid: PositionGrid, n: int, *, caption: str = "a {}", batch_size: int = 64
+    model: Encoder,
+    grid: PositionGrid,
+    n: int,
+    *,
+    center_radius: float = 0.5,
+    caption: str = "a {}",
+    batch_size: int = 64,
 ) -> Cutouts:
     """The ``n`` objects of a grid that a model names best, chosen without favouring any position.
 
-    Each object is shown in the middle and in two opposite corner cells (the other two for every other object), middle
-    and corners counting equally, on the first ground, in looks that the grid itself does not use. So an encoder without
-    a center bias does not get one by the choice.
+    Each object is shown in the middle and in two opposite corner cells (the other two for every other object), on a
+    ground that the grid does not use, so no picture is measured again. Middle and corners count as much as there are
+    positions in the center and outside: what luck a chosen object had in one cell then lifts the means of both by the
+    same, and an encoder without a center bias does not get one by the choice.
 
     Args:
         model: what will be measured.
         grid: with more objects than wanted.
         n: objects to keep.
-        caption: text of an object's name.
+        center_radius, caption: as in :func:`measure_center_bias`.
         batch_size: images at a time.
 
     Returns:
@@ -256,7 +284,10 @@ def recognised_objects(
     """
     if not 1 <= n <= len(grid.cutouts):
         raise DataError(f"n: found {n}, expected 1 to {len(grid.cutouts)}, the objects of the grid")
-    other = replace(grid, seed=grid.seed + 1, backgrounds=grid.backgrounds[:1])
+    used = {str(one.name) for one in grid.grounds}
+    ground = next((one for one in _OTHER_GROUNDS if one not in used), _OTHER_GROUNDS[0])
+    other = replace(grid, seed=grid.seed + 1, backgrounds=(ground,))
+    inside = Positions.of(grid.grid, center_radius).center
     run = SceneEncoder(model, other, batch_size)
     texts = run.encode_texts([caption.replace("{}", name) for name in grid.cutouts.names])
     diagonals = other.corners[::3], other.corners[1:3]
@@ -270,7 +301,7 @@ def recognised_objects(
     own = torch.eye(len(texts), dtype=torch.bool).repeat_interleave(3 * other.variants, 0)
     margin = found[own] - found.masked_fill(own, -torch.inf).amax(1)
     middle, away = margin.view(len(texts), other.variants, 3).mean(1).split([1, 2], dim=1)
-    scores = (middle + away.mean(1, keepdim=True))[:, 0]
+    scores = int(inside.sum()) * middle[:, 0] + int((~inside).sum()) * away.mean(1)
     return grid.cutouts.choose(scores.argsort(descending=True, stable=True)[:n].tolist())
 
 

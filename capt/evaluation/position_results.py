@@ -183,8 +183,8 @@ class Visibility:
         }
 
     def middle_against_side(self) -> dict[str, float]:
-        """McNemar's test; each item's middle picture is paired with one outside of the center, in turn."""
-        right = self.right.reshape(-1, len(self.positions.ring))
+        """McNemar's test over objects, first variant; each middle picture is paired with one outside, in turn."""
+        right = self.right[:, 0]
         outside = np.flatnonzero(~self.positions.center)
         side = right[np.arange(len(right)), outside[np.arange(len(right)) % len(outside)]]
         return mcnemar(right[:, self.positions.middle], side)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from capt.errors import DataError
+from capt.errors import CaptError, DataError
 
 FloatArray = NDArray[np.float64]
 
@@ -137,6 +137,16 @@ def sign_flip_test(differences: ArrayLike, *, seed: int = 0) -> float:
         signs[0] = 1
     sums = abs(signs @ values)
     return float(np.mean(sums >= abs(values.sum()) * (1 - 1e-9) - 1e-12))
+
+
+def check_level(level: float) -> None:
+    """Refuse a level of a test that is no probability.
+
+    Raises:
+        CaptError: it is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise CaptError(f"level: found {level}, expected a probability such as 0.01")
 
 
 def holm(p_values: ArrayLike) -> FloatArray:

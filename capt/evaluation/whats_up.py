@@ -230,12 +230,12 @@ def score_photographs(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"'{folder}': expected a folder of photographs, found no such folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and file.is_file())
     parsed = {file: one for file in files if (one := parse_photograph(file.name)) is not None}
     if not parsed:
         raise DataError(
             f"'{folder}': {len(files)} pictures, none of them called <object>_<relation>_<object>.jpeg, such as "
-            "mug_left-of_plate.jpeg or red-cup_on_table.jpeg; rename them"
+            "mug_left_of_plate.jpeg or red-cup_on_table.jpeg; rename them"
         )
     transforms = {mode: preprocessing(backbone, mode) for mode in modes}
     photographs = list(parsed.values())

@@ -12,6 +12,7 @@ from capt.data.cutouts import Cutouts, drawn_shapes, emoji_cutouts, read_cutouts
 from capt.data.position_grid import PositionGrid
 from capt.errors import CaptError
 from capt.evaluation.center_bias import LAYOUTS, CenterBiasResult, measure_center_bias, recognised_objects
+from capt.evaluation.position_results import Positions
 from capt.evaluation.preprocessing_check import PreprocessingCheck, check_preprocessing
 from capt.evaluation.whats_up import WhatsUpResult, score_photographs
 from capt.methods.bias.explanation import Explanation, explain_center_bias
@@ -84,6 +85,7 @@ class CenterBias:
             "cells": cells, "fill": fill, "backgrounds": tuple(backgrounds), "replicates": replicates, "seed": seed,
         }  # fmt: skip
         self._asked: dict[str, Any] = {"center_radius": center_radius, "caption": caption}
+        Positions.of(self._grid(self.candidates).grid, center_radius)  # refused here, not after the choice
 
     @cached_property
     def cutouts(self) -> Cutouts:
@@ -93,7 +95,7 @@ class CenterBias:
             return found
         if self.progress:
             self.progress("choice of objects", 0, 1)
-        return recognised_objects(self.backbone, self._grid(found), keep, caption=self._asked["caption"])
+        return recognised_objects(self.backbone, self._grid(found), keep, **self._asked)
 
     def grid(self, n: int | None = None) -> PositionGrid:
         """Positions for the first ``n`` objects (by default, those that are measured)."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import BlockHook, TokenTower
+from capt.backbones.pooling import plain_pooling
 from capt.errors import CaptError
 from capt.modules.pooling_replacements import blended, overlapping_crops
 
@@ -60,7 +61,7 @@ def cropped(backbone: Backbone, pooling: CropPooling) -> Backbone:
     ``tower.run`` gives the tokens of the whole picture, then those of each crop, to ``tower.project``; patches are the
     whole picture's. Whoever makes tokens of their own out of ``tower.embed`` gets the plain model's feature.
     """
-    plain = backbone.tower
+    plain = plain_pooling(backbone.tower).tower
     tower = copy.copy(plain)
     # Instance attributes in front of the methods: the tower stays one of its kind for everything else.
     vars(tower).update(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import TokenTower
+from capt.backbones.pooling import plain_pooling
 from capt.errors import CaptError
 from capt.modules.pooling_replacements import blended, generalised_mean
 
@@ -55,7 +56,7 @@ class PatchPooling:
 
 def repooled(backbone: Backbone, pooling: PatchPooling) -> Backbone:
     """The same model, its feature made by ``pooling``; weights and text features are shared."""
-    plain = backbone.tower
+    plain = plain_pooling(backbone.tower).tower
     tower = copy.copy(plain)
     # Instance attributes in front of the methods: the tower stays one of its kind for everything else.
     vars(tower).update(

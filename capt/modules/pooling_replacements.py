@@ -35,10 +35,11 @@ def generalised_mean(tokens: Tensor, exponent: float = 3.0) -> Tensor:
     """P3: ``(mean_j (v_j - low)^p)^(1/p) + low`` of tokens [B, N, d], with each channel's lowest value: [B, d]."""
     if exponent <= 0:
         raise CaptError(f"exponent: must be positive, found {exponent}")
+    dtype, tokens = tokens.dtype, tokens.float() if tokens.dtype.itemsize < 4 else tokens
     low = tokens.amin(1, keepdim=True)
     height = (tokens.amax(1, keepdim=True) - low).clamp_min(1e-30)
     mean = ((tokens - low) / height).pow(exponent).mean(1).pow(1 / exponent)
-    return mean * height[:, 0] + low[:, 0]
+    return (mean * height[:, 0] + low[:, 0]).to(dtype)
 
 
 def top_mean(tokens: Tensor, k: int) -> Tensor:
@@ -98,7 +99,13 @@ def overlapping_crops(images: Tensor, count: Literal[1, 5, 9] = 5, size: float =
     tops, lefts = ([0, (full - side) // 2, full - side] for full, side in ((height, h), (width, w)))
     places = [(i, j) for i in range(3) for j in range(3) if count == 9 or (i + j) % 2 == 0] if count > 1 else [(1, 1)]
     crops = (images[:, :, tops[i] : tops[i] + h, lefts[j] : lefts[j] + w] for i, j in places)
-    return torch.stack([F.interpolate(c, (height, width), mode="bicubic", antialias=True) for c in crops], dim=1)
+    return torch.stack([resized(crop, height, width) for crop in crops], dim=1)
+
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """Images [B, 3, any, any] to [B, 3, height, width], of the same dtype; on CPUs there is no bicubic in half."""
+    wide = images.float() if images.dtype.itemsize < 4 else images
+    return F.interpolate(wide, (height, width), mode="bicubic", antialias=True).to(images.dtype)
 
 
 def crop_features(backbone: Backbone, images: Tensor, count: Literal[1, 5, 9] = 5, size: float = 0.6) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from capt.backbones.attention import AttentionParts
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import BlockParts, FeedForward, TokenBlock, TokenGrid, TokenTower
-from capt.backbones.pooling import Pooling
+from capt.backbones.pooling import Pooling, plain_pooling
 from capt.backbones.towers_open_clip import FeatureMapTower
 from capt.errors import CaptError
 from capt.modules.key_groups import CenterGroups, Grouping
@@ -146,11 +146,9 @@ def redistributed(
         layers: of a class token, in how many of the last blocks its row is re-weighted; None: in all.
 
     Raises:
-        CaptError: a pooling that cannot be taken apart, or a backbone that is re-weighted already.
+        CaptError: a pooling that cannot be taken apart, or one that is changed already.
     """
-    tower, grouping = backbone.tower, grouping or CenterGroups()
-    if isinstance(tower, RedistributedTower | RedistributedMapTower):
-        raise CaptError("backbone: its pooling is re-weighted already; start from the plain one")
+    tower, grouping = plain_pooling(backbone.tower).tower, grouping or CenterGroups()
     made: TokenTower
     if isinstance(tower, FeatureMapTower):
         if layers != 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capt.errors import CaptError
+from capt.modules.pooling_replacements import resized
 
 Marker = Literal["circle", "box", "blur", "grey", "darken", "crop", "frame"]
 MARKERS: tuple[Marker, ...] = get_args(Marker)
@@ -48,7 +49,7 @@ def marked(images: Tensor, boxes: Tensor, marker: Marker, *, colour: Sequence[fl
             f"boxes: found {list(boxes.shape)} for images {list(images.shape)}, expected [B, 4] for [B, 3, height, "
             "width]: left, top, right and bottom of each image's region in pixels"
         )
-    boxes = boxes.to(images)
+    boxes = boxes.to(images.device, torch.float32)  # half precision has no pixel 257
     if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
         raise CaptError("boxes: one has no area; right must be beyond left, and bottom below top")
     if marker == "crop":
@@ -131,7 +132,7 @@ def _crop(image: Tensor, box: Tensor) -> Tensor:
     window = image[:, :, max(0, top) : min(height, bottom), max(0, left) : min(width, right)]
     if 0 in window.shape:
         raise CaptError(f"boxes: {box.tolist()} lies outside of the picture of {height} x {width} pixels")
-    return F.interpolate(window, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return resized(window, height, width).clamp(0, 1)
 
 
 def _corners(images: Tensor) -> Tensor:
@@ -140,4 +141,4 @@ def _corners(images: Tensor) -> Tensor:
     h, w = height / 3, width / 3
     lefts, tops = (0.0, width - w), (0.0, height - h)
     boxes = [[left, top, left + w, top + h] for top in tops for left in lefts]
-    return torch.tensor(boxes).to(images)[:, None]
+    return torch.tensor(boxes, device=images.device)[:, None]

@@ -57,9 +57,10 @@ def words(found: Mapping[str, Any]) -> list[str]:
         sentences += [f"Mind: {warning}." for warning in measured["warnings"]]
         for finding in measured["findings"].values():
             effect = finding["effect"]
+            question = finding["question"]
             sentences.append(
-                f"{finding['question'][0].upper()}{finding['question'][1:]} {finding['verdict']}: center less "
-                f"off-center {effect['estimate']:+.4f} [{effect['low']:+.4f}, {effect['high']:+.4f}] over "
+                f"{question[0].upper()}{question[1:]} {finding['verdict']}: {finding['compared']} "
+                f"{effect['estimate']:+.4f} [{effect['low']:+.4f}, {effect['high']:+.4f}] over "
                 f"{finding['units']} {finding['unit']}s, p {finding['p_adjusted']:.3g}."
             )
     if check := found.get("preprocessing"):
@@ -88,9 +89,9 @@ def gather(run: Path) -> dict[str, Any]:
             "pictures": found.get("pictures", []),
             "confounds": _confounds(found),
             "mitigations": _mitigations(mitigated) if mitigated else None,
-            "record": flatten({k: v for k, v in found.items() if k in ("model", "took")}),
+            "record": flatten({k: v for k, v in found.items() if k in ("model", "asked", "took")}),
         }
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise DamagedFileError(f"'{run / FILE}': lacks {error!r}; run 'capt bias' again into another folder") from error
 
 
@@ -108,7 +109,7 @@ def _maps(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _map(title: str, rows: Sequence[Sequence[float | None]], share: bool) -> dict[str, Any]:
     """Cells with their shade, 0 to 1 between the lowest and the highest value, and what is written in them."""
     values = [value for row in rows for value in row if value is not None]
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     cells = []
     for i, row in enumerate(rows):
         for j, value in enumerate(row):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from capt.backbones.pooling import plain_pooling
 from capt.evaluation.concept_survival import concept_scores
 from capt.modules.pooling_stages import value_tokens
 from capt.report.bias import overlay
@@ -21,7 +22,7 @@ _SIDE = 224
 @torch.no_grad()
 def write_pictures(backbone: Backbone, grid: PositionGrid, folder: Path, n: int = 2) -> list[dict[str, str]]:
     """Write the pictures of the first ``n`` objects; file name and caption of each."""
-    pooling, found = backbone.tower.pooling(), []
+    pooling, found = plain_pooling(backbone.tower), []
     for thing, name in enumerate(grid.cutouts.names[:n]):
         scenes = grid.single(thing, 0)[1:]
         text = backbone.text_features([f"a {name}"])

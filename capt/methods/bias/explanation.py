@@ -10,7 +10,7 @@ import numpy as np
 from capt.data.position_grid import PositionGrid
 from capt.errors import DataError
 from capt.evaluation.position_results import Positions
-from capt.evaluation.position_statistics import Interval, bootstrap, holm, position_gap, sign_flip_test
+from capt.evaluation.position_statistics import Interval, bootstrap, check_level, holm, position_gap, sign_flip_test
 from capt.methods.bias.attribution import LOOKED_AT, Attribution, attribute
 from capt.methods.bias.stages import FloatArray, Progress, StageReader
 
@@ -154,7 +154,7 @@ class Explanation:
             f"{100 * self.vanish[off].mean():.1f} %."
         )
         if any(one.where == "before pooling" for one in self.losses):
-            found.append("What is lost before the last aggregation cannot be brought back by re-weighting it.")
+            found.append("With equal weights of all patches it is lost as well: those of the pooling are not to blame.")
         return found + (self.attribution.words() if self.attribution else [])
 
     def record(self) -> dict[str, Any]:
@@ -224,6 +224,7 @@ def explain_center_bias(
         CaptError: a pooling that cannot be taken apart.
         DataError: fewer than two objects.
     """
+    check_level(level)
     names = grid.cutouts.names
     if len(names) < 2:
         raise DataError(f"cutouts: found {len(names)} object, expected at least 2 to be told apart")

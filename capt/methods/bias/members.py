@@ -71,7 +71,7 @@ class Member:
 
 
 def family(pooling: Pooling, prior: Tensor, passes: int = 1) -> list[Member]:
-    """All members that can do something on this kind of pooling, weak before strong.
+    """All members that can do something on this kind of pooling; their center is a quarter of the area.
 
     Args:
         pooling: of the model.
@@ -187,6 +187,9 @@ def save_member(folder: Path, member: Member | None, backbone: Backbone, opened_
         backbone: the plain model.
         opened_with: how the model is opened, for the command line ("model", "pretrained").
     """
+    if member is not None and type(member.change).__name__ not in _RULES:
+        raise CaptError(f"member: a {type(member.change).__name__} cannot be stored; use one of {', '.join(_RULES)}")
+    (folder / PRIOR).unlink(missing_ok=True)
     stored: dict[str, Any] = {"schema": 1, "fingerprint": backbone.fingerprint(), "opened_with": dict(opened_with)}
     if member is None:
         write_json(folder / FILE, {**stored, "change": None})
@@ -233,7 +236,7 @@ def load_member(folder: str | Path, backbone: Backbone) -> Backbone:
             options["prior"] = load_tensors(folder / PRIOR)["prior"].to(backbone.device)
         change = _RULES[stored["change"]["rule"]](**options)
         member = Member(stored["change"]["name"], change, CenterGroups(**stored["groups"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, CaptError) as error:
         raise DamagedFileError(
             f"'{folder / FILE}': not a stored mitigation ({error!r}); run 'capt bias mitigate' again"
         ) from error

@@ -11,9 +11,9 @@ import numpy as np
 
 from capt.backbones import Backbone
 from capt.data.position_grid import PositionGrid
-from capt.errors import DataError
+from capt.errors import CaptError, DataError
 from capt.evaluation.position_results import Positions
-from capt.evaluation.position_statistics import Interval, bootstrap, sign_flip_test
+from capt.evaluation.position_statistics import Interval, bootstrap, check_level, sign_flip_test
 from capt.methods.bias.members import Member, family, inverted, save_member, shuffled
 from capt.methods.bias.trial import PLAIN, SCORES, FloatArray, Outcome, Progress, Trial
 
@@ -100,6 +100,14 @@ class Mitigation:
                 "A gain on held-out objects is not shown, so no member of the family is said to help: the model is "
                 "left as it is."
             )
+            if 2.0 ** (1 - self.settings["held_out_objects"] // 2) > self.settings["level"]:
+                found.append("So few objects could not have shown one; use more of them.")
+        if self.controls:
+            gains = "; ".join(f"{one['name']} {100 * one['off']['gain']['estimate']:+.1f}" for one in self.controls)
+            found.append(
+                f"Off-center gains of the controls, points: {gains}. What a control gains as well is no matter of the "
+                "place."
+            )
         if self.chosen is not None and clean.gain.estimate < -CLEAN_COST:
             found.append(
                 f"The cost in the center is above {100 * CLEAN_COST:g} point on held-out objects, although it was not "
@@ -150,8 +158,8 @@ def mitigate_center_bias(
     Off-center accuracy is the mean of two: lone objects named among all of their half, and pairs of which both objects
     are found (the four-way test, both orders of names) while one lies in the middle. Of the members that cost at most
     one point of centered accuracy and leave the row an entropy of 0.25, the one with the highest off-center accuracy on
-    the calibration objects is taken, if it is above that of the plain model; of equal ones the weaker. On the held-out
-    objects, which share no picture and no name with the others, its gain is tested once, over pairs of objects.
+    the calibration objects is taken, if it is above that of the plain model; of equal ones the first listed. On the
+    held-out objects, which share no picture and no name with the others, its gain is tested once, over pairs.
 
     Args:
         backbone: the model, left as it is.
@@ -168,6 +176,11 @@ def mitigate_center_bias(
         CaptError: a pooling that cannot be taken apart.
         DataError: fewer than 8 objects.
     """
+    if passes < 1:
+        raise CaptError(f"passes: found {passes}, expected 1 or more; from 6 on crops are members")
+    if region_objects < 0:
+        raise CaptError(f"region_objects: found {region_objects}, expected 0 or more")
+    check_level(level)
     n = len(grid.cutouts)
     if n < 8:
         raise DataError(f"cutouts: found {n} objects, expected at least 8: half of them choose, the others test")

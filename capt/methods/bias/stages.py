@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from capt.backbones.pooling import plain_pooling
 from capt.data.position_grid import PositionGrid, Scene
 from capt.errors import CaptError
 from capt.evaluation.concept_survival import concept_scores, margin, vanished
@@ -17,7 +18,6 @@ from capt.modules.pooling_stages import PoolingStages, even_row, patch_mask, poo
 
 if TYPE_CHECKING:
     from capt.backbones import Backbone
-    from capt.backbones.pooling import Pooling
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ class StageReader:
 
     def __init__(self, backbone: Backbone, grid: PositionGrid, texts: Tensor) -> None:
         self.backbone, self.grid, self.texts = backbone, grid, texts
-        self.pooling: Pooling = backbone.tower.pooling()
+        self.pooling = plain_pooling(backbone.tower)
 
     def images(self, scenes: list[Scene]) -> Tensor:
         """Normalised pictures of scenes on the model's device, [B, 3, height, width]."""

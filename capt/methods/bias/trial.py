@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capt.backbones import Backbone
+from capt.backbones.pooling import plain_pooling
 from capt.data.position_grid import PositionGrid, Scene
 from capt.evaluation.position_results import Positions
 from capt.evaluation.whats_up import four_captions
@@ -52,7 +53,8 @@ class Outcome(NamedTuple):
         """Off-center accuracy of each pair of objects, [M, K // 2]: mean of lone objects' and of the pair's."""
         lone = self.lone[:, :, ~positions.center].mean(2)
         n_pairs = self.both.shape[1]
-        off: FloatArray = 0.5 * (lone[:, : 2 * n_pairs].reshape(len(lone), n_pairs, 2).mean(2) + self.both.mean(2))
+        both = self.both[:, :, ~positions.center[positions.others]].mean(2)
+        off: FloatArray = 0.5 * (lone[:, : 2 * n_pairs].reshape(len(lone), n_pairs, 2).mean(2) + both)
         return off
 
     def clean(self, positions: Positions) -> FloatArray:
@@ -70,7 +72,7 @@ class Trial:
 
     def __init__(self, backbone: Backbone, grid: PositionGrid, caption: str, positions: Positions) -> None:
         self.backbone, self.grid, self.positions = backbone, grid, positions
-        self.pooling = backbone.tower.pooling()
+        self.pooling = plain_pooling(backbone.tower)
         self.names = grid.cutouts.names
         self.texts = backbone.text_features([caption.replace("{}", name) for name in self.names])
 
