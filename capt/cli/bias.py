@@ -201,6 +201,8 @@ def _kept(out: Path, backbone: Backbone) -> dict[str, Any]:
         return {}
     kept = read_bias(out)
     gather(out)  # what is damaged is refused before the work
+    if not all(isinstance(kept.get(part, {}), dict) for part in ("took", "asked")):
+        raise DamagedFileError(f"'{out / FILE}': not written by 'capt bias'; give another --out")
     try:
         name, fingerprint = kept["model"]["name"], kept["model"]["fingerprint"]
     except KeyError as error:
