@@ -67,7 +67,7 @@ TRIED: dict[str, MultiLabelConfig] = {
         f"CPRFL, lr {lr:g}, shrinkage {shrinkage:g}": replace(
             CPRFL, shrinkage=shrinkage, training=replace(CPRFL.training, lr=lr)
         )
-        for lr, shrinkage in ((3e-4, 20.0), (3e-4, 60.0), (6e-4, 20.0))
+        for lr, shrinkage in ((3e-4, 0.0), (3e-4, 20.0), (3e-4, 60.0), (6e-4, 20.0))
     },
 }  # fmt: skip
 
