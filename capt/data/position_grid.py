@@ -274,6 +274,7 @@ class PositionGrid:
 
     @property
     def grounds(self) -> tuple[Background, ...]:
+        """The grounds, made of their names."""
         return self.backgrounds  # type: ignore[return-value]  # __post_init__ has made them
 
     def _look(self, thing: int, number: int, side: int) -> Pixels:
