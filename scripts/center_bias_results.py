@@ -4,6 +4,7 @@ A run is a model, cells, objects and passes; runs that are in the output are not
 
     python scripts/center_bias_results.py --out results.json
     python scripts/center_bias_results.py --out results.json --models embedded --cells 3 --n 40 --passes 6
+    python scripts/center_bias_results.py --out results.json --models embedded --objects cutouts
     python scripts/center_bias_results.py --out results.json --models ViT-B-32 --cells 5 --steps measure preprocessing
 
 The last has random weights and is there for the time it takes.
@@ -50,6 +51,7 @@ def main() -> None:
     for name in chosen.models:
         for cells in chosen.cells:
             key = f"{name}, {cells} x {cells}, {chosen.n} objects, {chosen.passes} passes".replace("1 passes", "1 pass")
+            key += "" if chosen.objects == "emoji" else f", {Path(chosen.objects).name}"
             if key in results["runs"]:
                 continue
             bias = capt.CenterBias(capt.load(name), chosen.objects, n=chosen.n, cells=cells)

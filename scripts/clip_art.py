@@ -21,13 +21,17 @@ UNITS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
 
 def fetch(work: Path) -> Path:
     """Unpack the package (once) and return the folder of its SVG files."""
-    root = work / "deb" / "x" / PACKAGE
+    return unpack(work, PACKAGE, VERSION) / "usr" / "share" / "openclipart" / "svg"
+
+
+def unpack(work: Path, package: str, version: str) -> Path:
+    """Download a Debian package and unpack it, both once, and return the folder of its files."""
+    downloads, root = work / "deb", work / "deb" / "x" / package
     if not root.exists():
-        downloads = work / "deb"
-        downloads.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", f"{PACKAGE}={VERSION}"], cwd=downloads, check=True)
-        subprocess.run(["dpkg-deb", "-x", str(next(downloads.glob(f"{PACKAGE}_*.deb"))), str(root)], check=True)
-    return root / "usr" / "share" / "openclipart" / "svg"
+        root.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", f"{package}={version}"], cwd=downloads, check=True)
+        subprocess.run(["dpkg-deb", "-x", str(next(downloads.glob(f"{package}_*.deb"))), str(root)], check=True)
+    return root
 
 
 def read_svg(path: Path) -> str:

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from capt.backbones import Backbone
 from capt.data.cutouts import Cutouts, drawn_shapes, emoji_cutouts, read_cutouts
 from capt.data.position_grid import PositionGrid
@@ -58,7 +60,7 @@ class CenterBias:
             objects: "emoji" (shipped), "shapes" (drawn), a folder with a sub-folder of cut-outs an object, or cut-outs.
             n: objects that are measured, all where there are fewer; twice as many, where there are as many, mitigate:
                 half choose, half test.
-            candidates: the objects are those that the model names best among the first so many, since one that is
+            candidates: the objects are those that the model names best among so many (of a folder, drawn by the seed), since one that is
                 recognised nowhere cannot be lost anywhere; ``n``: no choice; by default three times ``n``, where there
                 are as many. The choice favours no position, and its pictures are not used again.
             cells: along each side of the grid, odd; fewer make larger objects.
@@ -161,4 +163,5 @@ def _candidates(objects: Cutouts | str | Path, n: int, wanted: int | None, seed:
         if not folder.is_dir():
             raise CaptError(f"objects: {str(objects)!r} is neither 'emoji' nor 'shapes', nor a folder of cut-outs")
         objects = read_cutouts(folder)
+        objects = objects.choose(np.random.default_rng(seed).permutation(len(objects)).tolist())
     return objects.choose(range(min(wanted or 3 * n, len(objects))))
