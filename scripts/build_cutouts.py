@@ -17,7 +17,7 @@ from pathlib import Path
 
 import clip_art
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 PACKAGE, VERSION = "tuxpaint-stamps-default", "2022.06.04-1"
 SIDE = 256  # at most, of the picture that is written
@@ -46,7 +46,7 @@ def is_photograph(pixels: np.ndarray) -> bool:
 
 
 def cut_out(stamp: Path) -> Image.Image | None:
-    """The object of a stamp, cut to what is visible; None if it is none of a photograph."""
+    """The object of a stamp, cut to what is visible and a pixel around it; None if it is none of a photograph."""
     with Image.open(stamp) as opened:
         if max(opened.size) > 4000:
             return None
@@ -58,8 +58,8 @@ def cut_out(stamp: Path) -> Image.Image | None:
     if (opacity < 8).mean() < GROUND or (opacity > 250).mean() < OBJECT or not is_photograph(np.asarray(picture)):
         return None
     picture = picture.crop(box)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return picture
+    picture.thumbnail((SIDE - 2, SIDE - 2), Image.Resampling.LANCZOS)
+    return ImageOps.expand(picture, 1)  # an object with straight edges is to be seen as cut out, too
 
 
 def build(stamps: Path, out: Path) -> dict[str, int]:

@@ -60,9 +60,9 @@ class CenterBias:
             objects: "emoji" (shipped), "shapes" (drawn), a folder with a sub-folder of cut-outs an object, or cut-outs.
             n: objects that are measured, all where there are fewer; twice as many, where there are as many, mitigate:
                 half choose, half test.
-            candidates: the objects are those that the model names best among so many (of a folder, drawn by the seed), since one that is
-                recognised nowhere cannot be lost anywhere; ``n``: no choice; by default three times ``n``, where there
-                are as many. The choice favours no position, and its pictures are not used again.
+            candidates: the objects are those that the model names best among so many (of a folder, drawn by the seed),
+                since one that is recognised nowhere cannot be lost anywhere; ``n``: no choice; by default three times
+                ``n``, where there are as many. The choice favours no position, and its pictures are not used again.
             cells: along each side of the grid, odd; fewer make larger objects.
             fill: side of an object over side of a cell.
             backgrounds: see :func:`capt.data.backgrounds.background`.
