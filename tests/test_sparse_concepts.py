@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from capt.errors import CaptError, NumericError
 from capt.evaluation.concept_survival import (
-    aggregation_loss,
-    by_position,
     concept_present,
     concept_scores,
     margin,
@@ -174,13 +172,9 @@ def test_what_patches_have_and_the_feature_lacks_has_vanished() -> None:
     assert vanished(patches, feature, objects).tolist() == [True, False, False, False]
 
 
-def test_the_aggregation_loss_is_a_difference_of_margins() -> None:
+def test_a_margin_is_over_the_names_that_are_not_shown() -> None:
     final = torch.tensor([[0.2, 0.1, 0.3], [0.5, 0.1, 0.1]])
-    oracle = torch.tensor([[0.6, 0.1, 0.1], [0.5, 0.1, 0.1]])
     concept, absent = torch.tensor([0, 0]), torch.tensor([[False, True, True], [False, False, True]])
     torch.testing.assert_close(margin(final, concept, absent), torch.tensor([0.0, 0.4]))
-    torch.testing.assert_close(aggregation_loss(oracle, final, concept, absent), torch.tensor([0.5, 0.0]))
-    found = by_position(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 2]), 4)
-    assert found[[0, 2]].tolist() == [0.5, 1.0] and found[[1, 3]].isnan().all()
     with pytest.raises(CaptError, match="does not show"):
         margin(final, concept, torch.zeros(2, 3, dtype=torch.bool))

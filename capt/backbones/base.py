@@ -99,6 +99,29 @@ class TokenBlock(ABC):
         raise unsupported(f"its blocks have an attention of unknown kind ({type(self).__name__})")
 
 
+class WrappedBlock(TokenBlock):
+    """A block that attends in another way and is the wrapped one in everything else; ``block``: the wrapped one."""
+
+    def __init__(self, block: TokenBlock) -> None:
+        self.block = block
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """``x + MLP(LN2 x)``, [B, L, D]."""
+        return self.block.feed_forward(x)
+
+    def feed_forward_weights(self) -> FeedForward | None:
+        """Those of the wrapped block."""
+        return self.block.feed_forward_weights()
+
+    def inner(self) -> BlockParts | None:
+        """That of the wrapped block."""
+        return self.block.inner()
+
+    def attention(self) -> AttentionParts:
+        """That of the wrapped block, without what is changed."""
+        return self.block.attention()
+
+
 class TokenTower(ABC):
     """An image tower seen as: embed, blocks, project.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,6 +28,16 @@ def plain_pooling(tower: TokenTower) -> Pooling:
     if pooling.tower is not tower:
         raise CaptError("backbone: its pooling is changed already; start from the plain model")
     return pooling
+
+
+def with_feature(tower: TokenTower, **methods: Any) -> TokenTower:
+    """A tower over the same weights whose feature is made in another way; ``methods`` stand in front of its own.
+
+    It stays one of its kind for everything else; its pooling and its tokens pooled alone are those of ``tower``.
+    """
+    other = copy.copy(tower)
+    vars(other).update({"project_tokens": tower.project_tokens, "pooling": tower.pooling, **methods})
+    return other
 
 
 class PoolingHeads(NamedTuple):

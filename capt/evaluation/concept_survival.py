@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from capt.errors import CaptError
 
-# Source: ours ("aggregation loss": recognisable from patches, not from the pooled feature).
+# Source: ours.
 
 
 def concept_scores(vectors: Tensor, texts: Tensor) -> Tensor:
@@ -54,19 +53,3 @@ def margin(scores: Tensor, concept: Tensor, absent: Tensor) -> Tensor:
         raise CaptError("margin: every image needs at least one concept that it does not show")
     others = (scores * absent).sum(-1) / absent.sum(-1)
     return scores.gather(-1, concept[:, None])[:, 0] - others
-
-
-def aggregation_loss(oracle: Tensor, final: Tensor, concept: Tensor, absent: Tensor) -> Tensor:
-    """Margin that the concept has if only its own patches are pooled, minus its margin in the feature, [B].
-
-    Args:
-        oracle, final: scores [B, K] of the two stages; the rest as in :func:`margin`.
-    """
-    return margin(oracle, concept, absent) - margin(final, concept, absent)
-
-
-def by_position(values: Tensor, position: Tensor, n_positions: int) -> Tensor:
-    """Mean of values [B] at each position (int64 [B]), [n_positions]; nan where there is none."""
-    values = values.to(torch.float64)
-    total = torch.zeros(n_positions, dtype=values.dtype, device=values.device).index_add_(0, position, values)
-    return total / torch.bincount(position, minlength=n_positions)

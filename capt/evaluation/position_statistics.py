@@ -35,6 +35,10 @@ class Interval:
         """For JSON; what is undefined is None."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
+    def points(self) -> str:
+        """A difference of shares in words, in points."""
+        return f"{100 * self.estimate:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
 
 def _values(values: ArrayLike, name: str, ndim: int) -> FloatArray:
     array = np.asarray(values, np.float64)

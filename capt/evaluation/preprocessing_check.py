@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from capt.backbones.transforms import EvalTransform
 from capt.data.position_grid import PositionGrid
 from capt.evaluation.position_results import Positions
-from capt.evaluation.position_statistics import Interval, bootstrap, position_gap
+from capt.evaluation.position_statistics import bootstrap, position_gap
 from capt.evaluation.whats_up import PREPROCESSING, preprocessing
 
 if TYPE_CHECKING:
@@ -41,14 +41,9 @@ class PreprocessingCheck:
     right: dict[str, NDArray[np.float64]]
     visible: dict[str, NDArray[np.float64] | None]
 
-    @property
-    def encoder_gap(self) -> float:
-        """Center less off-center accuracy where nothing is cut off ("squash")."""
-        return float(position_gap(self.right["squash"], self.center).mean())
-
     def words(self) -> str:
         """What the preprocessing adds, in one sentence."""
-        gaps = {mode: _points(bootstrap(position_gap(right, self.center))) for mode, right in self.right.items()}
+        gaps = {mode: bootstrap(position_gap(right, self.center)).points() for mode, right in self.right.items()}
         off = self.visible["native"]
         seen = "" if off is None else f", {100 * off[~self.center].mean():.0f} % of off-center objects' area seen"
         return (
@@ -73,10 +68,6 @@ class PreprocessingCheck:
                 "visible_off": None if visible is None else float(visible[~center].mean()),
             }
         return {"words": self.words(), "preprocessing": rows, "x": self.x.tolist(), "center": self.center.tolist()}
-
-
-def _points(gap: Interval) -> str:
-    return f"{100 * gap.estimate:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
 def check_preprocessing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import BlockHook, TokenTower
-from capt.backbones.pooling import plain_pooling
+from capt.backbones.pooling import plain_pooling, with_feature
 from capt.errors import CaptError
 from capt.modules.pooling_replacements import blended, overlapping_crops
 
@@ -62,15 +61,8 @@ def cropped(backbone: Backbone, pooling: CropPooling) -> Backbone:
     whole picture's. Whoever makes tokens of their own out of ``tower.embed`` gets the plain model's feature.
     """
     plain = plain_pooling(backbone.tower).tower
-    tower = copy.copy(plain)
-    # Instance attributes in front of the methods: the tower stays one of its kind for everything else.
-    vars(tower).update(
-        run=partial(_run, plain, pooling),
-        project=partial(_project, plain, pooling),
-        project_tokens=plain.project_tokens,
-        pooling=plain.pooling,
-        pools_first=False,
-    )
+    run, project = partial(_run, plain, pooling), partial(_project, plain, pooling)
+    tower = with_feature(plain, run=run, project=project, pools_first=False)
     return backbone.with_tower(tower, {"pooling": pooling.record()})
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capt.backbones.attention import AttentionParts
 from capt.backbones.backbone import Backbone
-from capt.backbones.base import BlockParts, FeedForward, TokenBlock
+from capt.backbones.base import TokenBlock, WrappedBlock
 from capt.errors import CaptError
 from capt.modules.redistribution import Redistribution
 
@@ -59,17 +58,17 @@ def biased_attention(
     return F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)[..., :width]
 
 
-class BiasedBlock(TokenBlock):
+class BiasedBlock(WrappedBlock):
     """A block whose attention has biases on its keys.
 
     Attributes:
-        block: the block below.
-        biases: on its patches, [H or 1, N] or [B, H or 1, N] each; the other keys have none.
+        biases: on the block's patches, [H or 1, N] or [B, H or 1, N] each; the other keys have none.
         via: see :func:`biased_attention`.
     """
 
     def __init__(self, block: TokenBlock, biases: list[KeyBias], via: Via = "mask") -> None:
-        self.block, self.biases, self.via = block, biases, via
+        super().__init__(block)
+        self.biases, self.via = biases, via
 
     def attend(self, x: Tensor) -> Tensor:
         """``x + MHSA(LN1 x)`` with the biases, [B, L, D]."""
@@ -79,22 +78,6 @@ class BiasedBlock(TokenBlock):
         padded = [KeyBias(F.pad(b, (x.shape[1] - b.shape[-1], 0)), rows) for b, rows in self.biases]
         mixed = biased_attention(query, key, value, padded, parts.scale, self.via)
         return x + parts.merge(mixed.transpose(1, 2))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """``x + MLP(LN2 x)``, [B, L, D]."""
-        return self.block.feed_forward(x)
-
-    def feed_forward_weights(self) -> FeedForward | None:
-        """Those of the wrapped block."""
-        return self.block.feed_forward_weights()
-
-    def inner(self) -> BlockParts | None:
-        """That of the wrapped block."""
-        return self.block.inner()
-
-    def attention(self) -> AttentionParts:
-        """That of the wrapped block, without biases."""
-        return self.block.attention()
 
 
 @contextmanager

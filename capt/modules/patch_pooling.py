@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from capt.backbones.backbone import Backbone
 from capt.backbones.base import TokenTower
-from capt.backbones.pooling import plain_pooling
+from capt.backbones.pooling import plain_pooling, with_feature
 from capt.errors import CaptError
 from capt.modules.pooling_replacements import blended, generalised_mean
 
@@ -57,12 +56,5 @@ class PatchPooling:
 def repooled(backbone: Backbone, pooling: PatchPooling) -> Backbone:
     """The same model, its feature made by ``pooling``; weights and text features are shared."""
     plain = plain_pooling(backbone.tower).tower
-    tower = copy.copy(plain)
-    # Instance attributes in front of the methods: the tower stays one of its kind for everything else.
-    vars(tower).update(
-        project=partial(pooling.features, plain),
-        project_tokens=plain.project_tokens,
-        pooling=plain.pooling,
-        pools_first=False,
-    )
+    tower = with_feature(plain, project=partial(pooling.features, plain), pools_first=False)
     return backbone.with_tower(tower, {"pooling": pooling.record()})

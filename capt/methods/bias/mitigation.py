@@ -92,8 +92,8 @@ class Mitigation:
         found = [
             f"Chosen on {self.settings['calibration_objects']} objects: {self.best.name}. On "
             f"{self.settings['held_out_objects']} others off-center accuracy goes from {100 * off.before:.1f} % to "
-            f"{100 * off.after:.1f} % ({_points(off.gain)} points, p {off.p:.3g}), centered accuracy from "
-            f"{100 * clean.before:.1f} % to {100 * clean.after:.1f} % ({_points(clean.gain)} points)."
+            f"{100 * off.after:.1f} % ({off.gain.points()} points, p {off.p:.3g}), centered accuracy from "
+            f"{100 * clean.before:.1f} % to {100 * clean.after:.1f} % ({clean.gain.points()} points)."
         ]
         if self.chosen is None:
             found.append(
@@ -135,10 +135,6 @@ class Mitigation:
     def save(self, folder: str | Path, opened_with: dict[str, Any] | None = None) -> None:
         """Store the chosen change for :func:`capt.methods.bias.members.load_member`."""
         save_member(Path(folder), self.chosen, self.plain, opened_with or {"model": self.plain.name})
-
-
-def _points(gain: Interval) -> str:
-    return f"{100 * gain.estimate:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
 
 
 def mitigate_center_bias(
